@@ -1,0 +1,33 @@
+"""Data: labelled samples, the real mini set, phantoms, augmentation, questions, readers of public sets.
+
+Names load on first use; none of the ones listed here imports torch. `augment` is in `medplib.data.augment`.
+"""
+
+from importlib import import_module
+
+_WHERE = {
+    "ImageSample": "samples",
+    "Structure": "samples",
+    "MODALITIES": "samples",
+    "TIERS": "samples",
+    "load_mini": "mini",
+    "default_mini_root": "mini",
+    "keyed_rng": "samples",
+    "PHANTOMS": "phantoms",
+    "make_phantom": "phantoms",
+    "simulate_pet": "simulate",
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,200 @@
+"""Questions with known answers about a labelled image: grounding, region, presence, modality; absent ones included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from medplib.prompts.types import Box, Mask, Point
+
+MODALITY_QUESTIONS = (
+    "What is the modality of this image?",
+    "Which imaging modality is this?",
+    "What imaging modality was used?",
+    "What kind of medical image is this?",
+    "What modality is used to take this image?",
+    "Which modality is this image?",
+    "How was this image taken?",
+    "What type of image is this?",
+)
+GROUNDING_QUESTIONS = (
+    "Segment {the}{s}.",
+    "Segment {the}{s}.",
+    "Please segment {the}{s}.",
+    "Segment {s}.",
+    "Can you segment {the}{s} in this image?",
+    "Please segment {the}{s} in this {m} image.",
+    "Segment {the}{s} in the image.",
+    "Where is {the}{s}?",
+    "Outline {the}{s}.",
+    "Please outline {the}{s} in the image.",
+    "Show me {the}{s}.",
+    "Delineate {the}{s} in this {m} image.",
+    "Draw a mask of {the}{s}.",
+    "Find {the}{s}.",
+    "Highlight {the}{s}.",
+    "Mark {the}{s} in this image.",
+    "Locate {the}{s}.",
+    "Could you show where {the}{s} is?",
+    "Is there a {s} in this image? If so, segment it.",
+)
+SEVERAL_QUESTIONS = (
+    "Segment {list}.",
+    "Please segment {list}.",
+    "Segment {list} in this image.",
+    "Outline {list}.",
+    "Where are {list}?",
+    "Show me {list}.",
+)
+PRESENCE_QUESTIONS = (
+    "Is {the}{s} visible in this image?",
+    "Is there a {s} in this image?",
+    "Can you see {the}{s}?",
+    "Does this image show {the}{s}?",
+    "Is {the}{s} present?",
+)
+LIST_QUESTIONS = (
+    "What structures are visible?",
+    "Which structures can you see in this image?",
+    "What can be seen in this image?",
+    "List the structures in this image.",
+)
+REGION_QUESTIONS = (
+    "What is in <region>?",
+    "What is in <region>?",
+    "What structure is in <region>?",
+    "Which structure is marked by <region>?",
+    "What does <region> show?",
+    "Name the structure in <region>.",
+    "Identify the structure in <region>.",
+    "What is this region <region>?",
+    "What is shown in the region <region>?",
+    "Which organ or tissue is in <region>?",
+)
+
+# Structures that an image of the data set may show although nobody labelled them: never asked about as absent.
+UNLABELLED: Mapping[str, frozenset[str]] = {
+    "BrainT1c": frozenset(
+        {"brain", "gray matter", "white matter", "left hemisphere", "right hemisphere", "bone", "body"}
+    ),
+    "MNI152": frozenset({"head", "body"}),
+    "ChestCT": frozenset({"head"}),
+    "BreastMR": frozenset({"body", "left lung", "right lung", "bone", "lung tumor", "head"}),
+    "SimulatedPET": frozenset({"left lung", "right lung", "bone", "head", "lung tumor"}),
+    "HistoHE": frozenset({"largest nucleus"}),
+    "ColonIHC": frozenset({"largest nucleus"}),
+}
+MIN_PIXELS = 12  # a structure smaller than this after augmentation is neither asked for nor called absent
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, its answer, the masks of the answer's `<SEG>` tokens and the regions asked about."""
+
+    task: str  # "modality", "presence", "list", "region", "grounding", "absent", "several"
+    question: str
+    answer: str
+    masks: tuple[np.ndarray, ...] = ()
+    prompts: tuple[Point | Box | Mask, ...] = ()
+    names: tuple[str, ...] = field(default=())
+
+
+def article(noun: str) -> str:
+    """ "a" or "an". """
+    return "an" if noun[0].lower() in "aeiou" or noun[:2] in ("MR", "X-") else "a"
+
+
+class QuestionMaker:
+    """Draws questions about a labelled image from a keyed random generator.
+
+    `vocabulary` are all structure names that may be asked about as absent, by data set: {name: data sets}.
+    """
+
+    def __init__(self, vocabulary: Mapping[str, set[str]]) -> None:
+        self.vocabulary = dict(vocabulary)
+
+    def absent_names(self, dataset: str, labelled: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Names surely not in the image: those of its own data set (the hard ones), and all others."""
+        unsure = UNLABELLED.get(dataset, frozenset()) | set(labelled)
+        names = [n for n in sorted(self.vocabulary) if n not in unsure]
+        own = [n for n in names if dataset in self.vocabulary[n]]
+        return own, [n for n in names if n not in own]
+
+    def modality(self, rng: np.random.Generator, modality: str) -> Question:
+        answer = f"This is {article(modality)} {modality} image."
+        return Question("modality", _pick(rng, MODALITY_QUESTIONS), answer)
+
+    def presence(self, rng: np.random.Generator, name: str, present: bool) -> Question:
+        question = _fill(_pick(rng, PRESENCE_QUESTIONS), name)
+        answer = f"Yes, there is {name}." if present else f"No, there is no {name} in this image."
+        return Question("presence", question, answer, names=(name,))
+
+    def listing(self, rng: np.random.Generator, names: Sequence[str]) -> Question:
+        return Question("list", _pick(rng, LIST_QUESTIONS), f"This image shows {', '.join(sorted(names))}.")
+
+    def region(self, rng: np.random.Generator, name: str, prompt: Point | Box | Mask) -> Question:
+        question = _pick(rng, REGION_QUESTIONS)
+        return Question("region", question, f"This is the {name}.", prompts=(prompt,), names=(name,))
+
+    def grounding(self, rng: np.random.Generator, name: str, mask: np.ndarray | None, modality: str) -> Question:
+        """mask None: the structure is absent and the answer says so without a `<SEG>`."""
+        question = _fill(_pick(rng, GROUNDING_QUESTIONS), name, modality, the="" if rng.random() < 0.1 else "the ")
+        if mask is None:
+            return Question("absent", question, absent_answer(name), names=(name,))
+        return Question("grounding", question, present_answer([name]), (mask,), names=(name,))
+
+    def several(
+        self, rng: np.random.Generator, present: Sequence[tuple[str, np.ndarray]], absent: Sequence[str]
+    ) -> Question:
+        """Two or three structures at once, in the order asked; the absent ones are said to be absent."""
+        wanted = [(n, m) for n, m in present] + [(n, None) for n in absent]
+        order = rng.permutation(len(wanted))
+        wanted = [wanted[i] for i in order]
+        names = [f"the {n}" for n, _ in wanted]
+        listed = ", ".join(names[:-1]) + " and " + names[-1]
+        drawn = [n for n, m in wanted if m is not None]
+        answers = [present_answer(drawn)] if drawn else []
+        answers += [absent_answer(n) for n, m in wanted if m is None]
+        masks = tuple(m for _, m in wanted if m is not None)
+        question = _pick(rng, SEVERAL_QUESTIONS).format(list=listed)
+        return Question("several", question, " ".join(answers), masks, names=tuple(n for n, _ in wanted))
+
+
+def present_answer(names: Sequence[str]) -> str:
+    """The answer that draws: one `<SEG>` after each name."""
+    return "Here is " + " and ".join(f"the <ref>{n}</ref> <SEG>" for n in names) + "."
+
+
+def absent_answer(name: str) -> str:
+    """The answer that draws nothing."""
+    return f"There is no {name} in this image."
+
+
+def region_prompt(
+    rng: np.random.Generator, masks: np.ndarray, index: int, mask_share: float = 0.6
+) -> tuple[Point | Box | Mask, int]:
+    """A prompt for structure `index` of masks (M, H, W): its mask, its box when the structure fills most of it,
+    or a point in it. Returns the prompt and the index it means: a point means the smallest structure under it."""
+    mask = masks[index]
+    draw = rng.random()
+    ys, xs = np.nonzero(mask)
+    x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
+    fills = mask.sum() / ((x1 - x0) * (y1 - y0)) > 0.5
+    if draw >= mask_share and fills and x1 - x0 > 2 and y1 - y0 > 2 and draw < mask_share + 0.3:
+        return Box(float(x0), float(y0), float(x1), float(y1)), index
+    if draw >= mask_share + 0.3:
+        at = rng.integers(len(ys))
+        y, x = ys[at], xs[at]
+        under = [i for i in range(len(masks)) if masks[i, y, x]]
+        return Point(float(x), float(y)), min(under, key=lambda i: masks[i].sum())
+    return Mask(mask), index
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[rng.integers(len(options))]
+
+
+def _fill(template: str, name: str, modality: str = "", the: str = "the ") -> str:
+    return template.format(s=name, m=modality, the=the)

@@ -1,0 +1,17 @@
+"""The errors medplib raises for input it cannot use: each names the value given and what would have worked."""
+
+
+class MedPLIBError(Exception):
+    """Base of every error that medplib raises on purpose; the command line turns it into exit status 2."""
+
+
+class InputError(MedPLIBError, ValueError):
+    """An image, prompt, question or setting that cannot be used."""
+
+
+class UnknownNameError(MedPLIBError, LookupError):
+    """A name that is in no registry, folder or table; the message lists close matches."""
+
+
+class CheckpointError(MedPLIBError, ValueError):
+    """Weights that are missing, damaged, or do not fit the model."""

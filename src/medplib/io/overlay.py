@@ -1,0 +1,105 @@
+"""Drawing findings and prompts on a picture: translucent fill, contour, and a legend below the picture.
+
+Letters: H, W = height and width of the picture. The picture keeps its pixels at the top left, one to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+)
+PROMPT_COLOUR = (255, 255, 255)
+BACKGROUND_POINT_COLOUR = (255, 64, 64)
+FILL = 0.35
+_LEGEND_BACKGROUND = (24, 24, 24)
+_MAX_LABEL = 48
+
+
+def draw_overlay(
+    image: np.ndarray, masks: Sequence[np.ndarray], labels: Sequence[str], prompts: Sequence[Any] = ()
+) -> Image.Image:
+    """The picture with one colour per mask, the prompts in white, and the labels below.
+
+    image: uint8 (H, W, 3); masks: bool (H, W) each; labels: one text per mask; prompts: Point, Box, Mask.
+    The result is W wide (wider if a label needs it) and H plus the legend high.
+    """
+    height, width = image.shape[:2]
+    canvas = image.astype(np.float32)
+    thickness = max(1, round(min(height, width) / 256))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(masks))]
+    for i in sorted(
+        range(len(masks)), key=lambda i: -np.count_nonzero(masks[i])
+    ):  # the smallest wins a pixel
+        canvas[masks[i]] = (1 - FILL) * image[masks[i]] + FILL * np.array(colours[i], np.float32)
+    for mask, colour in zip(masks, colours, strict=True):  # contours last: no fill hides them
+        canvas[contour(mask, thickness)] = colour
+    for prompt in prompts:
+        if not hasattr(prompt, "label"):
+            canvas[contour(prompt.to_mask((height, width)), thickness)] = PROMPT_COLOUR
+    picture = Image.fromarray((canvas + 0.5).astype(np.uint8))
+    for prompt in prompts:
+        if hasattr(prompt, "label"):
+            _draw_point(picture, prompt, thickness)
+    return _with_legend(picture, labels, colours)
+
+
+def contour(mask: np.ndarray, thickness: int = 1) -> np.ndarray:
+    """bool (H, W) -> bool (H, W): the pixels of the mask within `thickness` steps of its outside."""
+    inner = np.pad(mask, 1)  # the picture's edge counts as outside
+    for _ in range(thickness):
+        core = inner.copy()
+        core[1:-1, 1:-1] &= inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        inner = core
+    return mask & ~inner[1:-1, 1:-1]
+
+
+def _draw_point(picture: Image.Image, point: Any, thickness: int) -> None:
+    """A ring with a cross: white for foreground, red for background."""
+    draw = ImageDraw.Draw(picture)
+    colour = PROMPT_COLOUR if point.label else BACKGROUND_POINT_COLOUR
+    x, y, radius = float(point.x), float(point.y), 4.0 * thickness
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=thickness)
+    draw.line((x - radius, y, x + radius, y), fill=colour, width=thickness)
+    draw.line((x, y - radius, x, y + radius), fill=colour, width=thickness)
+
+
+def _with_legend(
+    picture: Image.Image, labels: Sequence[str], colours: Sequence[tuple[int, int, int]]
+) -> Image.Image:
+    if not labels:
+        return picture
+    size = min(32, max(12, picture.width // 32))
+    font = ImageFont.load_default(size)
+    line, margin = round(size * 1.5), size // 2
+    texts = [_one_line(label, font) for label in labels]
+    widest = max(round(font.getlength(text)) for text in texts)
+    width = max(picture.width, widest + size + 3 * margin)
+    sheet = Image.new("RGB", (width, picture.height + line * len(texts) + margin), _LEGEND_BACKGROUND)
+    sheet.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for row, (text, colour) in enumerate(zip(texts, colours, strict=True)):
+        top = picture.height + margin // 2 + row * line
+        swatch = top + (line - size) // 2
+        draw.rectangle((margin, swatch, margin + size - 1, swatch + size - 1), fill=colour)
+        draw.text((2 * margin + size, top + line // 2), text, fill=(255, 255, 255), font=font, anchor="lm")
+    return sheet
+
+
+def _one_line(label: str, font: Any) -> str:
+    text = " ".join("".join(c if c.isprintable() else " " for c in label).split())
+    if len(text) > _MAX_LABEL:
+        text = text[: _MAX_LABEL - 3] + "..."
+    return text if isinstance(font, ImageFont.FreeTypeFont) else text.encode("ascii", "replace").decode()

@@ -1,0 +1,48 @@
+"""The language model: any Hugging Face decoder with `layers[i].mlp`, some of its FFNs replaced by mixtures."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from medplib.errors import InputError
+
+
+def from_config(text_config: PreTrainedConfig) -> PreTrainedModel:
+    """A freshly initialised causal decoder for `text_config`; nothing is fetched."""
+    return AutoModelForCausalLM.from_config(text_config)
+
+
+def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers. Raises InputError where the architecture has no `layers[i].mlp`."""
+    layers = getattr(language_model.get_decoder(), "layers", None)
+    if layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+        name = type(language_model).__name__
+        raise InputError(
+            f"{name} has no layers[i].mlp to replace by a mixture. Use a decoder of the Llama kind "
+            "(Llama, Mistral, Qwen, Gemma, Phi-3, ...)."
+        )
+    return layers
+
+
+def install_mixtures(
+    language_model: PreTrainedModel, layers: Sequence[int], experts: Sequence[str], **router_args
+) -> None:
+    """Replace the FFN of each layer in `layers` by a MoERouter whose named experts are copies of that FFN.
+
+    The experts keep the FFN's own class and parameter names, so LoRA targets and checkpoint keys stay the
+    usual ones. Everything is built before anything is replaced.
+    """
+    from medplib.experts.router import MoERouter
+
+    blocks = decoder_layers(language_model)
+    width = language_model.config.hidden_size
+    built = {
+        i: MoERouter(width, experts={n: copy.deepcopy(blocks[i].mlp) for n in experts}, **router_args)
+        for i in layers
+    }
+    for i, router in built.items():
+        blocks[i].mlp = router

@@ -1,0 +1,1 @@
+"""Comparisons with numbers recorded from the published implementation."""

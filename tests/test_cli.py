@@ -1,0 +1,236 @@
+"""The command line: what it prints, what it refuses and how, with a stand-in for the model."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import medplib
+from medplib.apps.cli import app, known_models
+from medplib.errors import CheckpointError, UnknownNameError
+from medplib.prompts.types import Box, Mask, Point
+from medplib.results import NOTICE, Answer, Finding
+
+
+class FakeModel:
+    """Answers with one finding per prompt, and keeps what it was asked."""
+
+    asked: dict
+    fails: Exception | None = None
+    loaded = 0
+
+    @classmethod
+    def from_pretrained(cls, name):
+        FakeModel.loaded += 1
+        if name == "unknown":
+            raise UnknownNameError("No model named 'unknown'.\nKnown: medplib-tiny.")
+        if name == "damaged":
+            raise CheckpointError("The weights are damaged.")
+        if name == "gone":
+            raise FileNotFoundError(2, "No such file or directory", "gone")
+        return cls()
+
+    def to(self, device):
+        self.device = device
+        if device == "cuda:99":
+            raise RuntimeError("CUDA error: invalid device ordinal\nmany more lines")
+        return self
+
+    def ask(self, images, question, prompts=(), *, seed=0, max_new_tokens=64):
+        FakeModel.asked = {"images": images, "question": question, "prompts": prompts, "seed": seed}
+        FakeModel.asked |= {"max_new_tokens": max_new_tokens, "device": getattr(self, "device", None)}
+        if FakeModel.fails:
+            raise FakeModel.fails
+        pictures = images if isinstance(images, list) else [images]
+        masks = [prompt.to_mask(pictures[0].shape[:2]) for prompt in prompts]
+        findings = [Finding(f"[bold]thing {i}", mask, 0.75) for i, mask in enumerate(masks)]
+        return Answer("It is a \x1b[31mlung.", findings, pictures, question, prompts, {"name": "fake"}, seed)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the command in a folder with two images and a mask; returns (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(vars(medplib), "MedPLIB", FakeModel)  # not setattr, which would import the real one
+    monkeypatch.setattr(FakeModel, "loaded", 0)
+    monkeypatch.setattr(FakeModel, "fails", None)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.full((50, 80), 90, np.uint8)).save(name)
+    mask = np.zeros((50, 80), np.uint8)
+    mask[10:20, 30:50] = 255
+    Image.fromarray(mask).save("m.png")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*words):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return call
+
+
+def test_ask_prints_the_answer_and_the_notice(run, tmp_path):
+    status, out, err = run("ask", "a.png", "What is this?")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0].startswith("It is a")
+    assert "\x1b" not in out
+    assert out.splitlines()[-1] == NOTICE
+    assert FakeModel.asked["images"].shape == (50, 80, 3)
+    assert FakeModel.asked["prompts"] == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "m.png"]
+
+
+def test_ask_writes_files_and_says_where(run, tmp_path):
+    status, out, _ = run("ask", "a.png", "Where?", "--box", 10, 5, 30, 20, "--out", "answer/")
+    assert status == 0
+    names = sorted(path.name for path in (tmp_path / "answer").iterdir())
+    assert names == ["answer.json", "mask_0_bold_thing_0.png", "overlay.png"]
+    assert all(name in out for name in names)
+    for cell in ("[bold]thing 0", "0.750", "300", "10 5 30 20"):
+        assert cell in out
+    record = json.loads((tmp_path / "answer" / "answer.json").read_text())
+    assert record["prompts"] == [{"type": "box", "x0": 10.0, "y0": 5.0, "x1": 30.0, "y1": 20.0}]
+
+
+def test_prompts_keep_the_order_of_the_command_line(run):
+    words = ["--point", 5, 6, "--mask", "m.png", "--box", 1, 2, 30, 40, "--background-point", 7, 8.5]
+    status, _, err = run("ask", *words, "--point=9,10", "a.png", "b.png", "What?", "--box=3", 4, 5, 6)
+    assert (status, err) == (0, "")
+    prompts = FakeModel.asked["prompts"]
+    assert prompts[0] == Point(5, 6, 1)
+    assert isinstance(prompts[1], Mask)
+    assert prompts[1].to_mask((50, 80)).sum() == 200
+    assert prompts[2:] == [Box(1, 2, 30, 40), Point(7, 8.5, 0), Point(9, 10, 1), Box(3, 4, 5, 6)]
+    assert len(FakeModel.asked["images"]) == 2
+    assert FakeModel.asked["question"] == "What?"
+
+
+def test_settings_reach_the_model(run):
+    assert run("ask", "a.png", "Q?", "--seed", 7, "--device", "cpu", "--max-new-tokens", 5)[0] == 0
+    asked = FakeModel.asked
+    assert (asked["seed"], asked["device"], asked["max_new_tokens"]) == (7, "cpu", 5)
+
+
+def test_json_is_printed_alone(run):
+    status, out, _ = run("ask", "a.png", "Q?", "--box", 1, 2, 30, 40, "--json", "--out", "o")
+    assert status == 0
+    record = json.loads(out)
+    assert record["findings"][0]["area"] == 29 * 38
+    assert record["notice"] == NOTICE
+
+
+def test_words_after_two_dashes_are_not_options(run):
+    assert run("ask", "--", "a.png", "--box")[0] == 0
+    assert FakeModel.asked["question"] == "--box"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["absent.png", "Q?"], "absent.png"),
+        (["empty.png", "Q?"], "is empty"),
+        (["pixel.png", "Q?"], "1 x 1"),
+        (["a.png", "Q?", "--box", "1", "2", "81", "4"], "reaches outside"),
+        (["a.png", "Q?", "--point", "-5", "4"], "outside the image"),
+        (["a.png", "Q?", "--point", "nan", "4"], "finite"),
+        (["a.png", "Q?", "--point", "-inf", "4"], "finite"),
+        (["a.png", "Q?", "--box", "1", "2", "3"], "--box needs 4 numbers"),
+        (["--box", "1", "2", "a.png", "Q?"], "--box needs 4 numbers"),
+        (["a.png", "Q?", "--box", "--seed", "3"], "--box needs 4 numbers"),
+        (["a.png", "Q?", "--mask"], "--mask needs"),
+        (["a.png", "Q?", "--mask", "absent.png"], "absent.png"),
+        (["a.png", "Q?", "--mask", "small.png"], "small.png"),
+        (["a.png", "Q?", "--mask", "black.png"], "is empty"),
+        (["a.png", " "], "question is empty"),
+        (["a.png", "b.png"], "must be the question"),
+        (["a.png", "Q?", "--out", "a.png"], "is a file"),
+        (["a.png", "Q?", "--device", "gpu"], "--device must be"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_in_one_line_before_the_model_loads(run, tmp_path, words, message):
+    (tmp_path / "empty.png").touch()
+    Image.new("L", (1, 1)).save("pixel.png")
+    Image.new("L", (9, 9), 1).save("small.png")
+    Image.new("L", (80, 50)).save("black.png")
+    if "--out" not in words:
+        words = [*words, "--out", "answer"]
+    status, out, err = run("ask", *words)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert FakeModel.loaded == 0
+    assert not (tmp_path / "answer").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "unknown"], "No model named 'unknown'. Known: medplib-tiny."),
+        (["--model", "damaged"], "The weights are damaged."),
+        (["--model", "gone"], "No such file or directory"),
+        (["--device", "cuda:99"], "cuda:99 cannot be used here: CUDA error"),
+    ],
+)
+def test_model_errors_are_one_line_too(run, tmp_path, words, message):
+    status, out, err = run("ask", "a.png", "Q?", *words, "--out", "answer")
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "answer").exists()
+
+
+def test_a_mistake_in_the_program_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(FakeModel, "fails", KeyError("bug"))
+    with pytest.raises(KeyError):
+        run("ask", "a.png", "Q?")
+
+
+def test_wrong_usage_exits_with_2(run):
+    for words in (["ask", "a.png"], ["ask"], ["ask", "a.png", "Q?", "--seed", "x"], ["nonsense"]):
+        assert run(*words)[0] == 2
+
+
+def test_info_shows_versions_devices_models_and_parts(run, tmp_path, monkeypatch):
+    status, out, _ = run("info")
+    assert status == 0
+    for word in ("medplib", "torch", "transformers", "timm", "python", "cpu (", "operators", "models"):
+        assert word in out
+    for name in ("EXPERTS", "swiglu", "VISION_TOWERS", "sam_vit", NOTICE, *known_models()):
+        assert name in out
+
+
+def test_help_is_quick_and_imports_no_torch():
+    code = (
+        "import sys; sys.argv = ['medplib', '--help']\n"
+        "from medplib.apps.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'timm', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    times = []
+    for _ in range(3):  # the fastest: other programs may be busy
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        times.append(time.perf_counter() - start)
+    assert "ask" in done.stdout
+    assert NOTICE in " ".join(done.stdout.split())
+    assert min(times) < 1
+
+
+def test_python_m_medplib_is_the_same_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "medplib", "ask", "absent.png", "Q?"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: The image file 'absent.png' does not exist. Check the path.\n"
