@@ -5,7 +5,9 @@ B rows, T new tokens, D language width, S `<SEG>` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,11 @@ from medplib.errors import InputError
 from medplib.processing import Batch, Sample
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
+
+_PROMPT_TENSORS = (
+    *("input_ids", "attention_mask", "pixel_values", "image_index", "region_masks", "region_images"),
+)
+_OTHER_DECODING = {"assistant_model", "prompt_lookup_num_tokens", "custom_generate", "generation_config"}
 
 
 @dataclass
@@ -36,33 +43,55 @@ class AnsweringMixin:
     def generate_with_states(self, batch: Batch, *, max_new_tokens: int = 64, **kwargs) -> Generation:
         """Cached generation that keeps the hidden state each `<SEG>` was predicted from: no second forward.
 
-        Raises InputError for beam search or several returned sequences, whose states would not line up.
+        Raises InputError for a prompt that leaves no room for `max_new_tokens`, and for ways of decoding
+        whose states would not line up with the tokens (beam search, several returned sequences, drafts).
         """
-        if kwargs.get("num_beams", 1) != 1 or kwargs.get("num_return_sequences", 1) != 1:
-            raise InputError("Masks need num_beams=1 and num_return_sequences=1; sample or decode greedily.")
-        names = ("input_ids", "attention_mask", "pixel_values", "image_index", "region_masks", "region_images")
-        inputs = {k: batch.tensors[k] for k in names if k in batch.tensors}
+        processor = self._need_processor()
+        for name in ("num_beams", "num_return_sequences"):
+            if kwargs.setdefault(name, 1) != 1:
+                raise InputError(
+                    f"Masks need {name}=1, got {kwargs[name]}; decode greedily, or sample with "
+                    "do_sample=True."
+                )
+        wrong = sorted(kwargs.keys() & _OTHER_DECODING)
+        if wrong:
+            raise InputError(
+                f"Masks cannot follow {', '.join(wrong)}; decode greedily, or with do_sample=True."
+            )
+        inputs = {k: batch.tensors[k] for k in _PROMPT_TENSORS if k in batch.tensors}
+        length = inputs["input_ids"].shape[1]
+        self._check_length(length, max_new_tokens)
         kwargs.setdefault("do_sample", False)
         out = self.generate(
             **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_hidden_states=True,
-            last_hidden_only=True, eos_token_id=self.processor.eos_id, pad_token_id=self.processor.pad_id, **kwargs,
+            last_hidden_only=True, eos_token_id=processor.eos_id, pad_token_id=processor.pad_id, **kwargs,
         )  # fmt: skip
-        ids = out.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
+        ids = out.sequences[:, length:]  # (B, T)
         states = torch.cat([h[-1] for h in out.hidden_states], dim=1)  # (B, T, D): state t predicts token t
-        ended = (ids == self.processor.eos_id).cumsum(1) > 0
-        at = (ids == self.config.tokens.seg) & ~ended
-        return Generation(ids, at.nonzero()[:, 0], states[:, : ids.shape[1]][at])
+        at = ids == self.config.tokens.seg  # (B, T); after the end of a row there is only padding
+        return Generation(ids, at.nonzero()[:, 0], states[at])
 
     @torch.no_grad()
-    def answer(self, samples: Sequence[Sample], *, max_new_tokens: int = 64, seed: int | None = 0, **kwargs) -> list[Answer]:
-        """Answer a batch of samples (the last answer of each is None). A `<SEG>` gives a mask, and only that."""
+    def answer(
+        self, samples: Sequence[Sample], *, max_new_tokens: int = 64, seed: int | None = 0, **kwargs
+    ) -> list[Answer]:
+        """Answer a batch of samples (the last answer of each is None). A `<SEG>` gives a mask, and only that.
+
+        seed: of the random numbers when `do_sample=True`; None draws from torch's generator as it stands,
+        which is otherwise left as it was. Raises InputError (see MedPLIBProcessor and
+        `generate_with_states`).
+        """
         processor = self._need_processor()
         if self.training:
             raise InputError("The model is in training mode; call model.eval() before asking.")
-        if seed is not None and kwargs.get("do_sample"):
-            torch.manual_seed(seed)
-        batch = processor(samples).to(self.device, self.dtype)
-        generated = self.generate_with_states(batch, max_new_tokens=max_new_tokens, **kwargs)
+        batch = processor(samples)
+        if any(sample.turns[-1][1] is not None for sample in samples):
+            raise InputError(
+                "The last question has an answer already; give None as the answer to be written."
+            )
+        batch.to(self.device, self.dtype)
+        with _seeded(seed if kwargs.get("do_sample") else None, self.device):
+            generated = self.generate_with_states(batch, max_new_tokens=max_new_tokens, **kwargs)
         drawn = self._draw_generated(batch, generated)
         return [self._to_answer(i, s, batch, generated, drawn, seed) for i, s in enumerate(samples)]
 
@@ -86,7 +115,7 @@ class AnsweringMixin:
             model.ask("scan.png", "What is in <region>?", prompts=[Box(40, 60, 120, 150)]).text
         """
         images = list(images) if isinstance(images, list | tuple) else [images]
-        prompts = [prompts] if isinstance(prompts, Point | Box | Mask) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, Point | Box | Mask) else list(prompts or ())
         sample = Sample(images, [*history, (question, None)], prompts)
         return self.answer([sample], max_new_tokens=max_new_tokens, seed=seed, **kwargs)[0]
 
@@ -95,8 +124,12 @@ class AnsweringMixin:
 
         No mask comes back for what the model says is absent.
         """
-        names = [target] if isinstance(target, str) else list(target)
-        if not names or not all(isinstance(n, str) and n.strip() for n in names):
+        names = [target] if isinstance(target, str) else target
+        if (
+            not isinstance(names, list | tuple)
+            or not names
+            or not all(isinstance(n, str) and n.strip() for n in names)
+        ):
             raise InputError(f"Name what to segment, for example 'the right lung'; got {target!r}.")
         names = [n.strip().rstrip(".") for n in names]
         names = [n if n.lower().startswith(("the ", "a ", "an ", "all ")) else f"the {n}" for n in names]
@@ -105,45 +138,71 @@ class AnsweringMixin:
 
     def _need_processor(self):
         if self.processor is None:
-            raise InputError("This model has no processor; load it with from_pretrained or set model.processor.")
+            raise InputError(
+                "This model has no processor; load it with from_pretrained or set model.processor."
+            )
         return self.processor
 
+    def _check_length(self, prompt: int, new: int) -> None:
+        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+            raise InputError(f"max_new_tokens must be a whole number of at least 1, got {new!r}.")
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and prompt + new > limit:
+            raise InputError(
+                f"The prompt takes {prompt} tokens and max_new_tokens is {new}, but the language model "
+                "reads at most "
+                f"{limit} together. Shorten the question, or give fewer images."
+            )
+
     def _draw_generated(self, batch: Batch, generated: Generation) -> list[tuple[int, int, Tensor]]:
-        """(row, image, logits) of every generated `<SEG>`, on the last image of its row; the mask side runs only
-        on images that are drawn on."""
+        """(row, image within the row, logits) of every generated `<SEG>`, on the last image of its row; the
+        mask side runs once on each image that is drawn on, and not at all without `<SEG>`."""
         rows = generated.rows.tolist()
-        kept = [i for i, r in enumerate(rows) if batch.row_images[r]]
+        kept = [i for i, row in enumerate(rows) if batch.row_images[row]]
         if not kept:
             return []
         images = [batch.row_images[rows[i]][-1] for i in kept]
         used = sorted(set(images))
         features = self.mask_encoder(batch.tensors["mask_pixel_values"][used])
-        index = torch.tensor([used.index(i) for i in images], device=self.device)
+        place = {image: i for i, image in enumerate(used)}
+        index = torch.tensor([place[image] for image in images], device=features.grid.device)
         logits, _ = self.decode_masks(generated.states[kept], features, index)
-        return [(rows[i], image, logit) for i, image, logit in zip(kept, images, logits.float(), strict=True)]
+        places = [len(batch.row_images[rows[i]]) - 1 for i in kept]
+        return [(rows[i], at, logit) for i, at, logit in zip(kept, places, logits.float(), strict=True)]
 
     def _to_answer(self, row, sample, batch, generated, drawn, seed) -> Answer:
         text, _, labels = self.processor.decode(generated.ids[row])
         config = self.config.mask
         cut = torch.tensor(config.threshold).logit().item()
+        question, pictures = sample.turns[-1][0], batch.row_images[row]
         findings = []
-        for i, (_, image, logits) in enumerate(d for d in drawn if d[0] == row):
-            box = batch.letterboxes[image]
+        for i, (_, at, logits) in enumerate(d for d in drawn if d[0] == row):
+            box = batch.letterboxes[pictures[at]]
             mask = masks_from_logits(logits[None], box, threshold=cut, geometry=config.geometry)[0]
-            label = (labels[i] if i < len(labels) else "") or _target_of(sample.turns[-1][0]) or f"finding {i + 1}"
-            score = mask_score(logits, cut)
-            findings.append(Finding(label, mask.cpu().numpy(), score, batch.row_images[row].index(image)))
-        pictures = [batch.images[i] for i in batch.row_images[row]]
-        return Answer(
-            text, findings, pictures, sample.turns[-1][0], tuple(sample.prompts), self.identity(), seed
-        )
+            label = labels[i] or _target_of(question) or f"finding {i + 1}"
+            findings.append(Finding(label, mask.cpu().numpy(), mask_score(logits, cut), at))
+        images = [batch.images[i] for i in pictures]
+        shown = sample.prompt_images or [0] * len(sample.prompts)
+        prompts = tuple(p for p, image in zip(sample.prompts, shown, strict=True) if image == 0)
+        return Answer(text, findings, images, question, prompts, self.identity(), seed)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from `seed` inside, the generators as before outside; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _target_of(question: str) -> str:
     """What a plain request asks for: "Please segment the right lung." -> "right lung"; "" when it is none."""
     words = question.strip().rstrip(".?!")
     for verb in ("segment", "outline", "delineate", "draw", "mark"):
-        head, found, rest = words.partition(f"{verb} ") if verb in words else words.partition(f"{verb.capitalize()} ")
-        if found and len(rest) <= 60:
-            return rest.removeprefix("the ").strip()
+        found = re.search(rf"\b{verb}\s+(.{{1,60}})$", words, re.IGNORECASE)
+        if found:
+            return found[1].removeprefix("the ").strip()
     return ""

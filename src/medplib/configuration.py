@@ -6,34 +6,42 @@ import difflib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from medplib.errors import InputError
+from medplib.errors import InputError, MedPLIBError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SAM_MEAN = (123.675, 116.28, 103.53)
 SAM_STD = (58.395, 57.12, 57.375)
 
-# A configuration beyond these limits is damaged or hostile, and building it would take minutes or all memory.
+# A configuration beyond these limits is damaged or hostile; building it would take minutes or all memory.
 MAX_SIDE = 4096  # pixels of a network square
-MAX_LAYERS = 1024
+MAX_COUNT = 1024  # layers, blocks, stages, experts
 MAX_EXPERTS = 256
-MAX_WIDTH = 1 << 20  # of any layer, and any other size of a part
-MAX_VOCABULARY = 1 << 24
+MAX_SIZE = 1 << 24  # any other number: a width, a vocabulary, a context length
 
-# Settings that transformers keeps in every configuration beside the declared ones.
-_FOREIGN = {
-    *("torch_dtype", "num_labels", "name_or_path", "output_attentions", "attn_implementation"),
-    *("experts_implementation", "quantization_config", "tokenizer_class", "processor_class", "use_cache"),
-    *("output_hidden_states", "return_dict", "architectures", "transformers_version", "model_type", "dtype"),
-}
-_COUNTS = re.compile(r"layer|depth|block|stage|upscale", re.IGNORECASE)  # names of settings that say how many
+# The published model: LLaMA's 32000 words and 267 control tokens, of which <SEG> is the first.
+_PUBLISHED_TEXT = {"model_type": "llama", "vocab_size": 32267}
+_PUBLISHED_TOKENS = {"image": -200, "region": -300, "seg": 32000}
+
+_COUNT_NAMES = re.compile(r"layers|depth|blocks|stages|upscales|experts")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
+
+# What transformers itself may keep in a configuration, beside what it declares as fields.
+_TRANSFORMERS_KEYS = frozenset(
+    (
+        *("torch_dtype", "name_or_path", "output_attentions", "num_labels", "use_cache", "model_type"),
+        *("attn_implementation", "experts_implementation", "quantization_config", "per_layer_config"),
+        *("tokenizer_class", "processor_class", "return_unused_kwargs"),
+        *(f.name for f in fields(PreTrainedConfig)),
+        *GenerationConfig._get_default_generation_params(),
+    )
+)
 
 
 @strict
@@ -65,10 +73,14 @@ class MoEConfig:
     def __post_init__(self):
         if not self.experts or len(set(self.experts)) != len(self.experts):
             raise InputError(f"moe.experts must be a list of different names, got {self.experts}.")
+        if len(self.experts) > MAX_EXPERTS:
+            raise InputError(f"moe.experts may hold at most {MAX_EXPERTS} names, got {len(self.experts)}.")
         if not 1 <= self.top_k <= len(self.experts):
             raise InputError(
-                f"moe.top_k must be between 1 and {len(self.experts)} (the number of experts), got {self.top_k}."
+                f"moe.top_k must be between 1 and {len(self.experts)} (the number of experts), "
+                f"got {self.top_k}."
             )
+        _check_weight("moe.balance_loss_coef", self.balance_loss_coef)
 
 
 @strict
@@ -83,7 +95,7 @@ class VisionConfig:
     std: list[float] = field(default_factory=lambda: list(CLIP_STD))
 
     def __post_init__(self):
-        _check_side("vision.image_size", self.image_size)
+        _check_square("vision", self)
 
 
 @strict
@@ -91,13 +103,20 @@ class VisionConfig:
 class RegionConfig:
     """How a point, box or mask becomes one token: the pooler, and what a mask looks like on the feature grid.
 
-    `mask_mode` "official" is the published nearest-neighbour sampling; "area" weighs each cell by the share of
-    it that the region covers, which keeps structures smaller than a cell.
+    `mask_mode` "official" is the published nearest-neighbour sampling; "area" weighs each cell by the share
+    of it that the region covers, which keeps structures smaller than a cell. A point stands for a square of
+    `point_size` pixels.
     """
 
     pooler: Part = field(default_factory=lambda: Part("mean"))
     mask_mode: Literal["official", "area"] = "official"
     point_size: int = 41
+
+    def __post_init__(self):
+        if not 1 <= self.point_size <= MAX_SIDE:
+            raise InputError(
+                f"region.point_size must be between 1 and {MAX_SIDE} pixels, got {self.point_size}."
+            )
 
 
 @strict
@@ -119,7 +138,11 @@ class MaskConfig:
     geometry: Literal["correct", "official"] = "correct"
 
     def __post_init__(self):
-        _check_side("mask.image_size", self.image_size)
+        _check_square("mask", self)
+        for name in ("dim", "mask_channels", "depth", "num_heads", "mlp_dim"):
+            limit = MAX_COUNT if name == "depth" else MAX_SIZE
+            if not 1 <= getattr(self, name) <= limit:
+                raise InputError(f"mask.{name} must be between 1 and {limit}, got {getattr(self, name)}.")
         if not 0.0 < self.threshold < 1.0:
             raise InputError(f"mask.threshold is a probability between 0 and 1, got {self.threshold}.")
 
@@ -133,11 +156,15 @@ class TokenConfig:
     region: int
     seg: int
 
+    def __post_init__(self):
+        if len({self.image, self.region, self.seg}) < 3 or self.seg < 0:
+            raise InputError(f"tokens needs three different ids, seg in the vocabulary; got {asdict(self)}.")
+
 
 @strict
 @dataclass
 class LossConfig:
-    """Weights of the losses; the defaults are those of the published mixture stage."""
+    """Weights of the losses, by default those of the published mixture stage. 0 leaves a mask loss out."""
 
     ce: float = 1.0
     dice: float = 0.5
@@ -145,28 +172,9 @@ class LossConfig:
     focal: float = 0.0
     iou: float = 0.0
 
-
-def _check_side(name: str, side: int) -> None:
-    if not 8 <= side <= MAX_SIDE:
-        raise InputError(f"{name} must be between 8 and {MAX_SIDE} pixels, got {side}.")
-
-
-def _make(cls: type, value: Any, where: str) -> Any:
-    """A dict (from JSON) or an instance -> a checked instance, nested parts included."""
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, dict):
-        raise InputError(f"{where} must be a {cls.__name__} or a dict of its fields, got {value!r}.")
-    known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(value) - set(known))
-    if unknown:
-        raise InputError(f"{where} has no setting {', '.join(unknown)}. Known: {', '.join(known)}.")
-    nested = {k: _make(Part, v, f"{where}.{k}") if known[k].type is Part else v for k, v in value.items()}
-    try:
-        return cls(**nested)
-    except (StrictDataclassError, TypeError) as error:
-        reason = str(error.__cause__ or error).strip().replace("\n", " ")
-        raise InputError(f"{where}: {reason}") from error
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            _check_weight(f"losses.{name}", value)
 
 
 @strict
@@ -176,48 +184,200 @@ class MedPLIBConfig(PreTrainedConfig):
     `text_config` is any Hugging Face decoder's configuration; the other parts are the dataclasses of this
     module (dicts are accepted and checked). No string in it names code or a download: parts are found by name
     in the registries. Raises InputError for a misspelt key, a wrong type or a size out of range.
+
+        MedPLIBConfig(text_config={"model_type": "qwen2", "hidden_size": 896}, moe={"experts": ["a", "b"]})
     """
 
     model_type = "medplib"
-    sub_configs_defaults: ClassVar[dict] = {
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
-    }
+    sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None
     vision: Any = None
     region: Any = None
     mask: Any = None
     moe: Any = None
     tokens: Any = None
     losses: Any = None
-    template: str = "vicuna_v1"
-    tie_word_embeddings: bool = False
+    template: Any = "vicuna_v1"
+    tie_word_embeddings: Any = False
 
     def __post_init__(self, **kwargs):
-        self.vision = _make(VisionConfig, self.vision or {"tower": {"name": "clip"}}, "vision")
-        self.region = _make(RegionConfig, self.region or {}, "region")
-        self.mask = _make(MaskConfig, self.mask or {"encoder": {"name": "sam_vit"}}, "mask")
-        self.moe = _make(MoEConfig, self.moe, "moe") if self.moe is not None else None
-        self.tokens = _make(TokenConfig, self.tokens or {"image": -200, "region": -300, "seg": 32000}, "tokens")
-        self.losses = _make(LossConfig, self.losses or {}, "losses")
-        super().__post_init__(**kwargs)
+        self._refuse_unknown(kwargs)
+        self.text_config = _make_text(_PUBLISHED_TEXT if self.text_config is None else self.text_config)
+        self.vision = _make(VisionConfig, _or(self.vision, {"tower": {"name": "clip"}}), "vision")
+        self.region = _make(RegionConfig, _or(self.region, {}), "region")
+        self.mask = _make(MaskConfig, _or(self.mask, {"encoder": {"name": "sam_vit"}}), "mask")
+        self.moe = None if self.moe is None else _make(MoEConfig, self.moe, "moe")
+        self.tokens = _make(TokenConfig, _or(self.tokens, _PUBLISHED_TOKENS), "tokens")
+        self.losses = _make(LossConfig, _or(self.losses, {}), "losses")
+        if not isinstance(self.template, str):
+            raise InputError(f"template must be the name of a chat template, got {self.template!r}.")
         layers = self.text_config.num_hidden_layers
-        if not 1 <= layers <= MAX_LAYERS:
-            raise InputError(f"text_config.num_hidden_layers must be between 1 and {MAX_LAYERS}, got {layers}.")
-        wrong = [i for i in (self.moe.layers or []) if not 0 <= i < layers] if self.moe else []
-        if wrong:
-            raise InputError(f"moe.layers names {wrong}, but the language model has layers 0 to {layers - 1}.")
-        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        named = (self.moe.layers if self.moe else None) or []
+        if len(set(named)) < len(named) or not all(0 <= i < layers for i in named):
+            raise InputError(
+                f"moe.layers must be different numbers from 0 to {layers - 1}, the language model's layers; "
+                f"got {named}."
+            )
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    def _refuse_unknown(self, given: dict[str, Any]) -> None:
+        own = [f.name for f in fields(self) if f.name not in _TRANSFORMERS_KEYS]
+        for key, value in given.items():
+            if key.startswith("_") or key in _TRANSFORMERS_KEYS:
+                _check_plain(key, value)
+                continue
+            close = difflib.get_close_matches(key, own, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise InputError(f"MedPLIBConfig has no setting '{key}'.{hint} Known: {', '.join(own)}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The configuration that `to_dict` wrote. Raises InputError for anything else."""
+        kind = config_dict.get("model_type", "medplib") if isinstance(config_dict, dict) else "nothing"
+        if kind != "medplib":
+            raise InputError(
+                f"This is the configuration of a {str(kind)[:40]!r} model, not of a 'medplib' model; give a "
+                "folder "
+                "written by MedPLIB.save_pretrained."
+            )
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except MedPLIBError:
+            raise
+        except Exception as error:  # whatever transformers' own checks raise, depending on the key
+            raise InputError(f"The configuration cannot be used: {_reason(error)}") from error
 
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that hold a mixture."""
         if self.moe is None:
             return []
-        return list(range(self.text_config.num_hidden_layers)) if self.moe.layers is None else list(self.moe.layers)
+        every = range(self.text_config.num_hidden_layers)
+        return list(every if self.moe.layers is None else self.moe.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict, parts included."""
         out = super().to_dict()
         return {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in out.items()}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _make(cls: type, value: Any, where: str) -> Any:
+    """A dict (from JSON) or an instance -> a checked instance, nested parts included."""
+    if isinstance(value, cls):
+        made = value
+    elif isinstance(value, dict):
+        known = {f.name: f.type for f in fields(cls)}
+        unknown = sorted(str(key) for key in set(value) - set(known))
+        if unknown:
+            raise InputError(f"{where} has no setting {', '.join(unknown)}. Known: {', '.join(known)}.")
+        given = {k: _convert(known[k], v, f"{where}.{k}") for k, v in value.items()}
+        try:
+            made = cls(**given)
+        except (StrictDataclassError, TypeError) as error:
+            raise InputError(f"{where}: {_reason(error)}") from error
+    else:
+        raise InputError(f"{where} must be a {cls.__name__} or a dict of its fields, got {value!r:.80}.")
+    if isinstance(made, Part):
+        _check_plain(f"{where}.args", made.args)
+    return made
+
+
+def _convert(wanted: Any, value: Any, where: str) -> Any:
+    """What may be written more loosely: parts as dicts, whole numbers for floats, tuples for lists."""
+    if wanted is Part:
+        return _make(Part, value, where)
+    if wanted is float and type(value) is int and abs(value) <= MAX_SIZE:
+        return float(value)
+    if get_origin(wanted) is list and isinstance(value, list | tuple):
+        return [_convert(get_args(wanted)[0], item, where) for item in value]
+    return value
+
+
+def _make_text(value: Any) -> PreTrainedConfig:
+    """The language model's configuration, its sizes checked before anything is built from it."""
+    if not isinstance(value, PreTrainedConfig):
+        if not isinstance(value, dict):
+            raise InputError(f"text_config must be a configuration or a dict, got {value!r:.80}.")
+        _check_plain("text_config", value, limit=None)
+        kind = value.get("model_type", "llama")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise InputError(
+                f"text_config.model_type must be a decoder that transformers knows, such as 'llama', "
+                "'mistral' or "
+                f"'qwen2'; got {kind!r:.80}."
+            )
+        try:
+            value = CONFIG_MAPPING[kind](**{k: v for k, v in value.items() if k != "model_type"})
+        except Exception as error:  # each of the many configuration classes has its own checks
+            raise InputError(f"text_config: {_reason(error)}") from error
+    for name in (
+        "num_hidden_layers",
+        "hidden_size",
+        "vocab_size",
+        "intermediate_size",
+        "num_attention_heads",
+    ):
+        size = getattr(value, name, None)
+        required = name in ("num_hidden_layers", "hidden_size", "vocab_size")
+        limit = MAX_COUNT if name == "num_hidden_layers" else MAX_SIZE
+        if (size is not None or required) and not (type(size) is int and 1 <= size <= limit):
+            raise InputError(f"text_config.{name} must be a number between 1 and {limit}, got {size!r:.80}.")
+    return value
+
+
+def _check_plain(where: str, value: Any, limit: int | None = MAX_SIZE, depth: int = 0) -> None:
+    """Refuse what could load code or fetch something, and numbers that no model has. Raises InputError."""
+    name = where.rsplit(".", 1)[-1]
+    is_count = bool(_COUNT_NAMES.search(name))
+    if depth > 8:
+        raise InputError(f"{where:.80} is nested too deeply.")
+    if name == "auto_map" or (name.endswith("_implementation") and not _is_word(value)):
+        raise InputError(f"{where} may not name code from elsewhere, got {value!r:.80}; remove it.")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(f"{where}.{key}", item, limit, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_plain(where, item, limit, depth + 1)
+        if is_count and limit and sum(item for item in value if isinstance(item, int)) > MAX_COUNT:
+            raise InputError(f"{where} adds up to more than {MAX_COUNT}: {value!r:.80}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        most = MAX_COUNT if is_count else limit
+        if most is not None and not -most <= value <= most:  # NaN, too
+            raise InputError(f"{where} must be a number between {-most} and {most}, got {value!r:.80}.")
+
+
+def _is_word(value: Any) -> bool:
+    words = value.values() if isinstance(value, dict) else [value]
+    return all(word is None or (isinstance(word, str) and _WORD.fullmatch(word)) for word in words)
+
+
+def _check_square(where: str, part: Any) -> None:
+    if not 8 <= part.image_size <= MAX_SIDE:
+        raise InputError(
+            f"{where}.image_size must be between 8 and {MAX_SIDE} pixels, got {part.image_size}."
+        )
+    for name in ("mean", "std"):
+        values = getattr(part, name)
+        if len(values) != 3 or not all(math.isfinite(v) and (name == "mean" or v > 0) for v in values):
+            raise InputError(f"{where}.{name} must be three finite numbers (std above 0), got {values}.")
+
+
+def _check_weight(where: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"{where} must be a finite number of at least 0, got {value}.")
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost message of a wrapped error, on one line."""
+    return " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+
+
+AutoConfig.register("medplib", MedPLIBConfig, exist_ok=True)

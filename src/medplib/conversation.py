@@ -1,4 +1,4 @@
-"""The chat templates: question and answer turns become an ordered list of pieces for the processor to tokenise."""
+"""The chat templates: question and answer turns become an ordered list of pieces to tokenise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from medplib.errors import UnknownNameError
+from medplib.errors import InputError, UnknownNameError
 
 IMAGE, REGION, SEG = "<image>", "<region>", "<SEG>"
+CONTROL_TOKENS = (
+    *(SEG, "<ref>", "</ref>", REGION, "</region>", "<sr>", "</sr>", "<mask>", "</mask>"),
+    *("<im_start>", "<im_end>"),
+)
+MAX_QUESTION = 4000  # characters in one question; people ask far shorter ones, a longer text is a mistake
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written down.
+    """How a conversation is written down: system text, then `user` question `assistant` answer `end` per
+    turn.
 
     The Vicuna text is the published one (its training run says "human", its inference "user").
     """
 
     system: str
-    user: str
-    assistant: str
-    turn_sep: str
+    user: str = "USER: "
+    assistant: str = " ASSISTANT:"
     end: str = "</s>"
 
 
@@ -45,9 +50,9 @@ _VICUNA = (
 )
 
 TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": Template(_VICUNA.format("user", "user"), "USER: ", " ASSISTANT:", " "),
-    "llava_v1": Template(_VICUNA.format("human", "human"), "USER: ", " ASSISTANT:", " "),
-    "brief": Template("", "USER: ", " ASSISTANT:", " "),
+    "vicuna_v1": Template(_VICUNA.format("user", "user")),
+    "llava_v1": Template(_VICUNA.format("human", "human")),
+    "brief": Template(""),
 }
 
 
@@ -90,6 +95,25 @@ def render(
         pieces.append(Piece(template.assistant, "system"))
         if answer is not None:
             pieces += [Piece(" " + answer.strip(), "assistant", True), Piece(template.end, "end", True)]
-            if turn + 1 < len(turns) and template.turn_sep.strip():
-                pieces.append(Piece(template.turn_sep, "system"))
     return pieces
+
+
+def check_turns(
+    turns: Sequence[tuple[str, str | None]], limit: int | None = MAX_QUESTION
+) -> list[tuple[str, str | None]]:
+    """The turns as a list. Raises InputError unless each has a question of at most `limit` characters and an
+    answer, which may be None in the last."""
+    pairs = [tuple(turn) for turn in turns]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise InputError("A sample needs at least one question; turns are pairs (question, answer).")
+    for i, (question, answer) in enumerate(pairs):
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"The question is {question!r}; write at least one word.")
+        if limit is not None and len(question) > limit:
+            raise InputError(
+                f"The question has {len(question)} characters; the limit is {limit}. Shorten it, "
+                "or ask several questions."
+            )
+        if not isinstance(answer, str) and not (answer is None and i == len(pairs) - 1):
+            raise InputError(f"The answer to {question!r:.60} is {answer!r:.60}; only the last may be None.")
+    return pairs

@@ -1,10 +1,11 @@
-"""The language model: any Hugging Face decoder with `layers[i].mlp`, some of its FFNs replaced by mixtures."""
+"""The language model: any Hugging Face decoder with `layers[i].mlp`, where mixtures may replace FFNs."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -12,17 +13,28 @@ from medplib.errors import InputError
 
 
 def from_config(text_config: PreTrainedConfig) -> PreTrainedModel:
-    """A freshly initialised causal decoder for `text_config`; nothing is fetched."""
-    return AutoModelForCausalLM.from_config(text_config)
+    """A freshly initialised causal decoder for `text_config`, in torch's default dtype; nothing is fetched.
+
+    Raises InputError where transformers has no causal decoder for it.
+    """
+    try:
+        return AutoModelForCausalLM.from_config(
+            text_config, dtype=torch.get_default_dtype(), trust_remote_code=False
+        )
+    except ValueError as error:
+        raise InputError(
+            f"transformers cannot build a causal decoder from text_config of type "
+            f"{text_config.model_type!r}: {error}"
+        ) from error
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers. Raises InputError where the architecture has no `layers[i].mlp`."""
     layers = getattr(language_model.get_decoder(), "layers", None)
-    if layers is None or not all(hasattr(layer, "mlp") for layer in layers):
+    if layers is None or not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         name = type(language_model).__name__
         raise InputError(
-            f"{name} has no layers[i].mlp to replace by a mixture. Use a decoder of the Llama kind "
+            f"{name} has no layers[i].mlp, which can become a mixture. Use a decoder of the Llama kind "
             "(Llama, Mistral, Qwen, Gemma, Phi-3, ...)."
         )
     return layers

@@ -5,18 +5,37 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
-from medplib.errors import CheckpointError, MedPLIBError, UnknownNameError
+from medplib.configuration import MedPLIBConfig
+from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
 
 EMBEDDED = ("medplib-tiny",)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CHECKSUMS = (
+    "weights.sha256"  # as `sha256sum` writes it; `sha256sum -c weights.sha256` checks a folder by hand
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CHECKSUMS)  # nothing that is a pickle
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SETTINGS = {"text_config", "vision", "region", "mask", "moe", "tokens", "losses", "template"}
+_quiet_lock = threading.RLock()
 
 
 def resolve_model(name: str | Path) -> Path | str:
-    """A known model's name, a folder or a Hub id ("owner/name") -> what transformers can load.
+    """A known model's name, a folder or a Hub id ("owner/name") -> a folder, or the Hub id itself.
 
     Raises UnknownNameError for anything else, CheckpointError for a folder without a configuration.
     """
@@ -24,31 +43,77 @@ def resolve_model(name: str | Path) -> Path | str:
     if text in EMBEDDED:
         folder = Path(str(importlib.resources.files("medplib"))) / "assets" / text
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"The embedded model {text!r} is not in this installation; reinstall medplib.")
+            raise CheckpointError(
+                f"The embedded model {text!r} is not in this installation; reinstall medplib."
+            )
         return folder
-    path = Path(text).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(text).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, an unknown home folder
+        is_folder = exists = False
+    if is_folder:
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"The folder {text!r} holds no config.json; give one written by save_pretrained.")
+            raise CheckpointError(
+                f"The folder {text!r} holds no config.json; give one written by save_pretrained."
+            )
         return path
-    if path.exists():
+    if exists:
         raise CheckpointError(f"{text!r} is a file; give the folder that holds config.json and the weights.")
-    owner, _, repository = text.partition("/")
-    if not owner or not repository or "/" in repository or text.startswith((".", "~")):
+    if not _HUB_ID.fullmatch(text):
         raise UnknownNameError(
-            f"No model named {text!r}. Known: {', '.join(EMBEDDED)}; or give an existing folder, "
+            f"No model named {text[:200]!r}. Known: {', '.join(EMBEDDED)}; or give an existing folder, "
             "or a Hub id like 'owner/name'."
         )
     return text
+
+
+def local_folder(name: str | Path, **hub_arguments) -> Path:
+    """The folder of a model; a Hub id is downloaded first (safetensors and text files only, no pickles).
+
+    hub_arguments: revision, token, cache_dir, force_download, local_files_only, and subfolder (of a folder,
+    too). Raises as `resolve_model`, and CheckpointError where the download fails.
+    """
+    subfolder = hub_arguments.pop("subfolder", None)
+    source = resolve_model(name)
+    if isinstance(source, str):
+        try:
+            source = Path(snapshot_download(source, allow_patterns=list(_HUB_FILES), **hub_arguments))
+        except Exception as error:  # the many ways in which a network can fail
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(
+                f"There is no folder {str(name)!r}, and it could not be loaded from the Hugging Face Hub: "
+                f"{reason[0][:300]} Check the name, or give a folder."
+            ) from error
+    return source / subfolder if subfolder else source
+
+
+def read_config(folder: Path, **changes) -> MedPLIBConfig:
+    """The configuration in a folder. CheckpointError if it is no JSON object, InputError for its content."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"config.json of {str(folder)!r} cannot be read as JSON ({error}); copy it again."
+        ) from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise CheckpointError(
+            f"config.json of {str(folder)!r} is not a model's configuration; copy it again."
+        )
+    try:
+        config = MedPLIBConfig.from_dict({**content, **changes})
+    except InputError as error:
+        raise InputError(f"config.json of {str(folder)!r}: {error}") from error
+    config.name_or_path = str(folder)
+    return config
 
 
 def weights_sha256(folder: Path) -> str:
     """One hash for all safetensors files of a folder, in order of their names."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        _feed(path, digest)
     return digest.hexdigest()
 
 
@@ -59,71 +124,206 @@ class LoadingMixin:
     def from_pretrained(cls, name_or_path: str | Path = "medplib-tiny", *args, **kwargs):
         """Load a model and its processor.
 
-        name_or_path: "medplib-tiny" (embedded, works offline), a folder, or a Hub id. Keyword arguments are those
-        of transformers (dtype, device_map, ...). Half-precision weights are loaded as fp32 unless `dtype` is
-        given, because CPUs compute slowly or not at all in fp16. The model is in evaluation mode.
-        Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for weights
-        that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad configuration.
+        name_or_path: "medplib-tiny" (embedded, works offline), a folder, or a Hub id. Keyword arguments are
+        those of transformers (dtype, device_map, ...). Half-precision weights are loaded as fp32 unless
+        `dtype` is given, because CPUs compute slowly or not at all in fp16. The model is in evaluation mode.
+        Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
+        weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
+        configuration.
         """
-        source = resolve_model(name_or_path)
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs["dtype"] = _default_dtype(source)
-        try:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        except MedPLIBError:
-            raise
-        except SafetensorError as error:
-            raise CheckpointError(f"The weights of {str(name_or_path)!r} are damaged ({error}); copy them again.") from error
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"Could not load {str(name_or_path)!r}: {error}") from error
-        _check_loaded(model, info, name_or_path)
-        model.name = str(name_or_path)
-        model.source = Path(source) if Path(source).is_dir() else None
         from medplib.processing import MedPLIBProcessor
 
-        model.processor = MedPLIBProcessor.for_model(source, model)
+        hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
+        folder = local_folder(name_or_path, **hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
+        elif not isinstance(config, MedPLIBConfig):
+            raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
+        if kwargs.get("state_dict") is None:
+            _check_files(folder, config)
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            kwargs["dtype"] = torch.float32 if config.dtype in (torch.float16, torch.float32) else "auto"
+        kwargs |= {
+            "use_safetensors": True,
+            "trust_remote_code": False,
+            "local_files_only": True,
+            "config": config,
+        }
+        kwargs["ignore_mismatched_sizes"] = True  # for their names; _check_loaded refuses them
+        try:
+            with _quiet():
+                model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        except (MedPLIBError, ImportError):
+            raise
+        except Exception as error:  # transformers has no type of its own for what is wrong with a checkpoint
+            reason = " ".join(str(error).split())[:1000] or type(error).__name__
+            raise CheckpointError(f"Could not load {str(name_or_path)!r}: {reason}") from error
+        _check_loaded(model, info, name_or_path)
+        model.name = str(name_or_path)
+        model.source = folder
+        model.processor = MedPLIBProcessor.for_model(folder, model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """Write configuration, weights (safetensors) and, when there is one, the processor to a folder."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.processor is not None and kwargs.get("is_main_process", True):
-            self.processor.save_pretrained(save_directory)
+        """Write configuration, weights (safetensors), their checksums and, when there is one, the processor.
+
+        To upload a model use `push_to_hub`, which also takes the processor along.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise InputError("save_pretrained does not upload; call model.push_to_hub('owner/name') instead.")
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise InputError(f"{str(save_directory)!r} is a file; give the path of a folder to save to.")
+        with _quiet():
+            super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            if self.processor is not None:
+                self.processor.save_pretrained(save_directory)
+            lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("model*.safetensors"))]
+            (folder / CHECKSUMS).write_text(
+                "".join(lines), encoding="utf-8"
+            )  # last: earlier ones tell of a broken save
 
     def identity(self) -> dict[str, str]:
         """Name of the loaded model and the hash of its weight files (empty for a model made in memory)."""
         source = getattr(self, "source", None)
         if source is not None and getattr(self, "_sha256", None) is None:
             self._sha256 = weights_sha256(source)
-        return {"name": getattr(self, "name", "unnamed"), "weights_sha256": getattr(self, "_sha256", None) or ""}
+        return {
+            "name": getattr(self, "name", "unnamed"),
+            "weights_sha256": getattr(self, "_sha256", None) or "",
+        }
 
 
-def _default_dtype(source: Path | str):
-    config = Path(source) / "config.json"
-    if config.is_file():
+def _check_files(folder: Path, config: MedPLIBConfig) -> None:
+    """What can be seen before building: files there, readable, unchanged, and as many layers as named."""
+    files = _weight_files(folder)
+    keys: list[str] = []
+    for path in files:
         try:
-            saved = json.loads(config.read_text(encoding="utf-8")).get("dtype")
-        except (ValueError, UnicodeDecodeError, AttributeError) as error:
-            raise CheckpointError(f"{config.name} of {str(source)!r} is not readable JSON ({error}).") from error
-        if saved in ("float16", "float32"):
-            return torch.float32
-    return "auto"
+            with safe_open(path, framework="pt") as file:
+                keys += file.keys()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"The weights {str(path)!r} are damaged ({error}); copy them again."
+            ) from error
+    found = {
+        int(m[1]) for m in (re.match(r"language_model\.(?:\w+\.)*?layers\.(\d+)\.", key) for key in keys) if m
+    }
+    layers = config.text_config.num_hidden_layers
+    if found and max(found) + 1 != layers:
+        raise CheckpointError(
+            f"config.json of {str(folder)!r} says text_config.num_hidden_layers is {layers}, but its "
+            "weights have "
+            f"{max(found) + 1} layers; they do not belong together."
+        )
+    _check_sums(folder, files)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. CheckpointError, with a remedy where there are pickles only."""
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{str(folder)!r} holds its weights only as {', '.join(pickles[:3])}: a pickle, which can "
+                "run any code "
+                "when it is loaded. Convert it where you trust it: safetensors.torch.save_file(torch.load("
+                f"{pickles[0]!r}, weights_only=True), {WEIGHTS!r})."
+            )
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {WEIGHTS}; copy the whole folder, or save the model again."
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{str(index)!r} is damaged ({error!r}); copy it again.") from error
+    for name, path in zip(names, files, strict=True):
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(
+                f"{str(index)!r} names the file {name!r}, which is not in the folder; copy it again."
+            )
+    return files
+
+
+def _check_sums(folder: Path, files: list[Path]) -> None:
+    """Compare with the checksums that save_pretrained wrote; folders from elsewhere may have none."""
+    sums = folder / CHECKSUMS
+    if not sums.is_file():
+        return
+    lines = re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", sums.read_text("utf-8", "replace"), re.MULTILINE)
+    wanted = {name: digest for digest, name in lines}
+    for path in files:
+        if wanted.get(path.name) != _sha256(path):
+            raise CheckpointError(
+                f"{str(path)!r} is not the file that was saved: its SHA-256 differs from {CHECKSUMS}. Copy "
+                "it again, "
+                f"or delete {CHECKSUMS} if you changed the weights on purpose."
+            )
 
 
 def _check_loaded(model, info: dict, name: str | Path) -> None:
     problems = [
-        f"{what} {', '.join(sorted(map(str, info[key]))[:8])}{' ...' if len(info[key]) > 8 else ''} ({len(info[key])})"
-        for what, key in (("missing", "missing_keys"), ("unexpected", "unexpected_keys"), ("other shape", "mismatched_keys"))
+        f"{what} {', '.join(sorted(map(_key_name, info[key]))[:8])}{' ...' if len(info[key]) > 8 else ''} "
+        f"({len(info[key])})"
+        for what, key in (
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("other shape", "mismatched_keys"),
+        )
         if info.get(key)
     ]
     if problems:
-        raise CheckpointError(f"The weights of {str(name)!r} do not fit its configuration: {'; '.join(problems)}.")
+        raise CheckpointError(
+            f"The weights of {str(name)!r} do not fit its configuration: {'; '.join(problems)}."
+        )
     if info.get("error_msgs"):
         raise CheckpointError(f"Could not load {str(name)!r}: {'; '.join(map(str, info['error_msgs']))}")
     for key, value in model.state_dict().items():
-        if value.is_floating_point() and value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged.")
+        if value.is_floating_point() and value.device.type != "meta":
+            value = value.float() if value.itemsize == 1 else value  # 8-bit floats have no isfinite
+            if not bool(torch.isfinite(value).all()):
+                raise CheckpointError(
+                    f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged."
+                )
 
 
+def _key_name(key: Any) -> str:
+    """transformers gives the misshapen keys as (name, shape in the file, shape in the model)."""
+    return f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" if isinstance(key, tuple) else str(key)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    _feed(path, digest)
+    return digest.hexdigest()
+
+
+def _feed(path: Path, digest) -> None:
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load report from transformers: what is wrong becomes an error of ours."""
+    with _quiet_lock:
+        level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        if level <= logging.INFO:  # somebody wants to see everything
+            yield
+            return
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()

@@ -1,4 +1,5 @@
-"""MedPLIB: the parts put together into one model that answers in words and draws the masks its words point at.
+"""MedPLIB: the parts put together into one model that answers in words and draws the masks its words point
+at.
 
 Letters: B rows, L tokens, D language width, N images, R regions, S `<SEG>` tokens, C vision channels.
 """
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from medplib import losses as mask_losses
 from medplib.answering import AnsweringMixin
 from medplib.configuration import MedPLIBConfig
 from medplib.decoders.two_way import TwoWayTransformer
 from medplib.errors import InputError
+from medplib.experts.context import named_routers
 from medplib.experts.losses import collect_aux_losses
 from medplib.experts.router import routing_mask
 from medplib.language import decoder_layers, install_mixtures
 from medplib.loading import LoadingMixin
+from medplib.losses import all_mask_losses
 from medplib.parts import keep_frozen_in_eval
 from medplib.prompts.combined import PromptEncoder
 from medplib.registry import LANGUAGE_MODELS, MASK_DECODERS, PROJECTORS, PROMPT_ENCODERS, VISION_TOWERS
@@ -54,8 +56,8 @@ class MedPLIBOutput(ModelOutput):
 class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
     """A vision tower, a language model with mixtures of experts, and a promptable mask decoder.
 
-    Build it from a configuration (random weights) or with `MedPLIB.from_pretrained(name_or_folder)`; talk to it
-    with `ask` and `segment`; train it with `forward(..., labels=..., masks=...)`.
+    Build it from a configuration (random weights) or with `MedPLIB.from_pretrained(name_or_folder)`; talk to
+    it with `ask` and `segment`; train it with `forward(..., labels=..., masks=...)`.
 
         model = MedPLIB.from_pretrained("medplib-tiny")
         answer = model.ask("chest_ct.png", "What is in <region>?", prompts=[Box(40, 60, 120, 150)])
@@ -70,6 +72,14 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _skip_keys_device_placement = ("past_key_values",)
     _can_set_experts_implementation_cached_value = True
+    # Parts that stay on one device with device_map; the language model adds its decoder layers by itself.
+    _no_split_modules = (
+        *("CLIPTower", "TimmTower", "TimmPyramid", "SamImageEncoder", "PromptEncoder", "MaskDecoder"),
+        *("MLPProjector", "PooledMLPProjector", "GeometryRegionPooler"),
+    )
+    accepts_loss_kwargs = (
+        False  # the loss is a mean over this batch; a Trainer divides by its accumulation steps
+    )
 
     def __init__(self, config: MedPLIBConfig):
         super().__init__(config)
@@ -103,17 +113,37 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             **mask.decoder.args,
         )  # fmt: skip
         self.seg_projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, mask.dim))
-        for part in (self.vision_tower, self.mask_encoder):
-            _keep_buffers(part)
+        self._check_sizes()
+        _keep_buffers(self)
         self.processor = None
         self.post_init()
+
+    def _check_sizes(self) -> None:
+        config = self.config
+        for name, tower in (("vision", self.vision_tower), ("mask", self.mask_encoder)):
+            side = getattr(config, name).image_size
+            if side % tower.stride:
+                raise InputError(
+                    f"{name}.image_size must be a multiple of its tower's stride {tower.stride}, got {side}."
+                )
+            fixed = getattr(tower, "image_size", side)
+            if fixed != side:
+                raise InputError(
+                    f"{name}.image_size is {side}, but its tower takes {fixed}; make them equal."
+                )
+        words = self.get_input_embeddings().num_embeddings
+        if config.tokens.seg >= words:
+            raise InputError(
+                f"tokens.seg is {config.tokens.seg}, but the language model knows ids below {words}; "
+                "raise text_config.vocab_size."
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves when built; the language model keeps its own rule."""
 
     @property
     def parts(self) -> dict[str, list[nn.Module]]:
-        """The named parts that stages train or freeze; gates and experts are found by the stages themselves."""
+        """The named parts that stages train or freeze; gates and experts are found by the stages."""
         decoder = self.language_model.get_decoder()
         norms = [m for m in decoder.modules() if "norm" in type(m).__name__.lower()]
         return {
@@ -163,22 +193,29 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         """Words, image and region placeholders -> (B, L, D).
 
         features: of N images. image_index: (I,) the image of each run of image placeholders, in row-major
-        order (default: the images in order). region_masks: (R, h, w) on the vision grid, in order of the region
-        placeholders; region_images: (R,) their images. Raises InputError where the counts do not match.
+        order (default: the images in order). region_masks: (R, h, w) on the vision grid, in order of the
+        region placeholders; region_images: (R,) their images. Raises InputError where the counts do not
+        match.
         """
         tokens = self.config.tokens
         is_image, is_region = input_ids == tokens.image, input_ids == tokens.region
         words = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_region, 0))  # (B, L, D)
-        for mask, what, given in ((is_image, "image", features), (is_region, "region", region_masks)):
-            if given is None and not torch.compiler.is_compiling() and bool(mask.any()):
+        num_regions = 0 if region_masks is None else len(region_masks)
+        for mask, what, none in (
+            (is_image, "image", features is None),
+            (is_region, "region", not num_regions),
+        ):
+            if none and not torch.compiler.is_compiling() and bool(mask.any()):
                 raise InputError(f"The prompt has {what} placeholders, but no {what} was given.")
         if features is None:
+            if num_regions:
+                raise InputError(f"{num_regions} regions were given, but no image that they lie in.")
             return words
         images = self.projector(features.grid)  # (N, tokens, D)
         if image_index is not None:
             images = images[image_index]  # (I, tokens, D)
         words = _scatter(words, is_image, rearrange(images, "i t d -> (i t) d"), "image")
-        if region_masks is not None and len(region_masks):
+        if num_regions:
             grid = self.region_adapter(rearrange(features.grid, "n c h w -> n h w c"))
             grid = rearrange(grid, "n h w d -> n d h w")
             pooled = self.region_pooler(grid, region_masks, region_images)  # (R, D)
@@ -219,15 +256,18 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
     ) -> MedPLIBOutput:
         """One pass: logits, and a mask for every `<SEG>` in `input_ids` when the mask side has an image.
 
-        input_ids (B, L) with placeholders already expanded by the processor; pixel_values (N, 3, H, W) for the
-        vision tower and mask_pixel_values (N, 3, H', W') for the mask side (or their `features`, computed
+        input_ids (B, L) with placeholders already expanded by the processor; pixel_values (N, 3, H, W) for
+        the vision tower and mask_pixel_values (N, 3, H', W') for the mask side (or their `features`, computed
         before); image_index, region_masks, region_images as in `embed`; seg_images (S,) the image that each
-        `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1} on the mask
-        side's square.
-        Raises InputError where counts do not match.
+        `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1} on the
+        mask side's square. Raises InputError where counts do not match.
         """
         if features is None and pixel_values is not None:
             features = self.vision_tower(pixel_values)
+        if last_hidden_only:
+            kwargs["output_hidden_states"] = False  # the last one is at hand; keep none of the others
+        if use_cache is None and labels is not None:
+            use_cache = False
         embeds = self.embed(input_ids, features, image_index, region_masks, region_images)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         balance = self.config.moe.balance_loss_coef if self.config.moe and labels is not None else 0.0
@@ -263,11 +303,14 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             count = len(pixels) if pixels is not None else len(features.grid)
             if count != len(input_ids):
                 raise InputError(
-                    f"{count} mask images for {len(input_ids)} rows: say with seg_images which image each <SEG> draws on."
+                    f"{count} mask images for {len(input_ids)} rows: say with seg_images which image each "
+                    "<SEG> draws on."
                 )
             seg_images = rows
         if len(seg_images) != len(rows):
-            raise InputError(f"seg_images names {len(seg_images)} images, but the tokens hold {len(rows)} <SEG>.")
+            raise InputError(
+                f"seg_images names {len(seg_images)} images, but the tokens hold {len(rows)} <SEG>."
+            )
         if features is None:
             used, seg_images = torch.unique(seg_images, return_inverse=True)
             features = self.mask_encoder(pixels[used])
@@ -287,15 +330,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             drawn = 0 if result.mask_logits is None else len(result.mask_logits)
             if drawn != len(masks):
                 raise InputError(f"{len(masks)} target masks, but {drawn} <SEG> with an image to draw on.")
-            drawn = nn.functional.interpolate(
-                result.mask_logits[:, None].float(), masks.shape[-2:], mode="bilinear", align_corners=False
-            )[:, 0]
-            terms = {
-                "dice": mask_losses.dice_loss, "bce": mask_losses.mask_bce_loss, "focal": mask_losses.focal_loss,
-            }  # fmt: skip
-            out |= {n: term(drawn, masks) for n, term in terms.items() if getattr(self.config.losses, n)}
-            if self.config.losses.iou:
-                out["iou"] = mask_losses.iou_loss(drawn, masks, result.iou_scores)
+            scores = result.iou_scores
+            out |= all_mask_losses(result.mask_logits, masks, scores, weights=self.config.losses)
         return out
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
@@ -325,9 +361,20 @@ def _scatter(words: Tensor, where: Tensor, values: Tensor, what: str) -> Tensor:
     return words.masked_scatter(where.unsqueeze(-1), values.to(words.dtype))
 
 
-def _keep_buffers(part: nn.Module) -> None:
-    """Make every buffer of a foreign tower persistent: transformers fills the others with noise on loading."""
-    if any(isinstance(m, PreTrainedModel) for m in part.modules()):
-        return  # transformers refills the buffers of its own models
-    for module in part.modules():
+def _keep_buffers(model: nn.Module) -> None:
+    """Make the buffers of our own and of foreign parts persistent, so that they are saved with the weights:
+    transformers fills non-persistent ones with noise on loading, except those of its own models, left alone
+    here.
+    """
+    outside = [model]
+    while outside:
+        module = outside.pop()
         module._non_persistent_buffers_set.clear()
+        outside += [child for child in module.children() if not isinstance(child, PreTrainedModel)]
+    for router in named_routers(model).values():  # ours, within the language model
+        for module in router.gate.modules():
+            module._non_persistent_buffers_set.clear()
+
+
+AutoModel.register(MedPLIBConfig, MedPLIB, exist_ok=True)
+AutoModelForImageTextToText.register(MedPLIBConfig, MedPLIB, exist_ok=True)

@@ -1,4 +1,5 @@
-"""MedPLIBProcessor: images, prompts and words -> every tensor the model takes, labels included; and ids -> words.
+"""MedPLIBProcessor: images, prompts and words -> every tensor the model takes, labels included; and ids ->
+words.
 
 B rows, L tokens, N images, R regions, S `<SEG>` tokens, g side of the vision grid.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
-from medplib.conversation import REGION, SEG, Piece, get_template, render
+from medplib.configuration import MedPLIBConfig
+from medplib.conversation import (
+    CONTROL_TOKENS,
+    MAX_QUESTION,
+    REGION,
+    SEG,
+    Piece,
+    check_turns,
+    get_template,
+    render,
+)
 from medplib.errors import CheckpointError, InputError
 from medplib.geometry import Letterbox
 from medplib.io.images import load_image
@@ -27,18 +39,19 @@ from medplib.prompts.region import region_mask_to_grid
 from medplib.prompts.types import Box, Mask, Point
 
 PROCESSOR_FILE = "medplib_processor.json"
-MAX_QUESTION = 4000  # characters
-CONTROL = re.compile(r"(<SEG>|</?ref>|</?region>|</?sr>|</?mask>|<im_start>|<im_end>|</s>)")
+# Fast tokenizers hold "treat control tokens as text" as a state of their own, which threads would share.
+_tokenizer_lock = threading.Lock()
 
 
 @dataclass
 class Sample:
     """One row: images, question and answer turns, regions asked about, and target masks.
 
-    images: path, PIL, array or tensor each. turns: (question, answer or None). prompts: the regions, in the order
-    of "<region>" in the questions (one that is not written is added at the end of the last question).
-    masks: one bool (H, W) array per `<SEG>` in the answers, in pixels of the image it draws on.
-    seg_images: index within `images` for each `<SEG>` (default: the last image).
+    images: path, PIL, array or tensor each. turns: (question, answer); the last answer may be None. prompts:
+    the regions, in the order of "<region>" in the questions (one that is not written is added at the end of
+    the last question). prompt_images: index within `images` for each prompt (default: the first image).
+    masks: one bool (H, W) array per `<SEG>` in the answers, in pixels of the image it draws on. seg_images:
+    index within `images` for each `<SEG>` of the answers (default: the last image).
     """
 
     images: Sequence[Any]
@@ -51,7 +64,12 @@ class Sample:
 
 @dataclass
 class Batch:
-    """Tensors for `MedPLIB.forward` and what is needed to bring masks back to the images."""
+    """Tensors for `MedPLIB.forward` and what is needed to bring masks back to the images.
+
+    images: the N different pictures, uint8 (H, W, 3). letterboxes: theirs on the mask side's square.
+    row_images: for each row the numbers of its images. seg_images: for each `<SEG>` of the known answers its
+    image.
+    """
 
     tensors: dict[str, Tensor]
     images: list[np.ndarray]
@@ -70,11 +88,11 @@ class Batch:
 class MedPLIBProcessor:
     """Writes the prompt (template, image and region placeholders), prepares images and masks, reads answers.
 
-    A control token that a user types stays text. `config` is the model's MedPLIBConfig; `num_image_tokens` and
-    `grid` (side of the vision grid) come from the built model: see `for_model`.
+    A control token that a user types stays text. `config` is the model's MedPLIBConfig; `num_image_tokens`
+    and `grid` (side of the vision grid) come from the built model: see `for_model`.
     """
 
-    def __init__(self, tokenizer, config, num_image_tokens: int, grid: int) -> None:
+    def __init__(self, tokenizer, config: MedPLIBConfig, num_image_tokens: int, grid: int) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.num_image_tokens = num_image_tokens
@@ -82,47 +100,68 @@ class MedPLIBProcessor:
         self.template = get_template(config.template)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.eos_id = tokenizer.eos_token_id
+        self.control_ids = {t: i for t, i in tokenizer.get_added_vocab().items() if t in CONTROL_TOKENS}
+        if self.control_ids.get(SEG) != config.tokens.seg:
+            raise InputError(
+                f"The tokenizer's id of {SEG} is {self.control_ids.get(SEG)}, the configuration's "
+                "tokens.seg is "
+                f"{config.tokens.seg}; use the tokenizer that the model was trained with."
+            )
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise InputError(
+                f"The tokenizer has {len(tokenizer)} tokens, but text_config.vocab_size is "
+                f"{config.text_config.vocab_size}; use the tokenizer that the model was trained with."
+            )
 
     @classmethod
     def for_model(cls, source: Path | str, model) -> MedPLIBProcessor:
         """The processor of a loaded model. Raises CheckpointError when the tokenizer cannot be read."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except Exception as error:
-            raise CheckpointError(f"The tokenizer of {str(source)!r} cannot be read: {error}") from error
         grid = model.config.vision.image_size // model.vision_tower.stride
-        return cls(tokenizer, model.config, model.num_image_tokens, grid)
+        return cls(_load_tokenizer(source, model.config), model.config, model.num_image_tokens, grid)
 
     @classmethod
     def from_pretrained(cls, source: Path | str, **kwargs) -> MedPLIBProcessor:
-        """Load the tokenizer, configuration and sizes written by `save_pretrained`."""
-        from medplib.configuration import MedPLIBConfig
-        from medplib.loading import resolve_model
+        """Load the tokenizer, configuration and sizes written by `save_pretrained`: a folder, a Hub id or a
+        known model. Keyword arguments are those of `loading.local_folder`; others are ignored. Raises
+        CheckpointError or UnknownNameError.
+        """
+        from medplib.loading import HUB_ARGUMENTS, local_folder, read_config
 
-        source = resolve_model(source)
-        sizes_file = Path(source) / PROCESSOR_FILE
-        if not sizes_file.is_file():
-            raise CheckpointError(f"{str(source)!r} holds no {PROCESSOR_FILE}; load the model and use model.processor.")
-        sizes = json.loads(sizes_file.read_text(encoding="utf-8"))
-        config = MedPLIBConfig.from_pretrained(source)
-        return cls(AutoTokenizer.from_pretrained(source), config, sizes["num_image_tokens"], sizes["grid"])
+        hub = {k: kwargs[k] for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
+        folder = local_folder(source, **hub)
+        path = folder / PROCESSOR_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{str(source)!r} holds no {PROCESSOR_FILE}; load the model and use model.processor."
+            )
+        try:
+            sizes = json.loads(path.read_text(encoding="utf-8"))
+            tokens, grid = (int(sizes[name]) for name in ("num_image_tokens", "grid"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{str(path)!r} is damaged ({error!r}); copy it again.") from error
+        config = read_config(folder)
+        return cls(_load_tokenizer(folder, config), config, tokens, grid)
 
     def save_pretrained(self, folder: Path | str, **kwargs) -> list[str]:
         """Write the tokenizer and the sizes beside a saved model."""
         files = list(self.tokenizer.save_pretrained(folder))
         path = Path(folder) / PROCESSOR_FILE
-        sizes = {"processor_class": type(self).__name__, "num_image_tokens": self.num_image_tokens, "grid": self.grid}
+        sizes = {"num_image_tokens": self.num_image_tokens, "grid": self.grid}
         path.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
         return [*files, str(path)]
 
     def __call__(
         self, samples: Sequence[Sample], *, training: bool = False, check_length: bool = True
     ) -> Batch:
-        """Samples -> a Batch: right padding with labels when `training`, left padding for generation otherwise.
+        """Samples -> a Batch: right padding with labels when `training`, left padding for generation
+        otherwise.
 
-        Identical image objects are prepared once. Raises InputError for unusable images, prompts outside their
-        image, counts that do not match, and questions over MAX_QUESTION characters.
+        Identical image objects are prepared once. Raises InputError for unusable images, prompts outside
+        their image, counts that do not match, and (unless check_length is False) questions over MAX_QUESTION
+        characters.
         """
+        if not samples:
+            raise InputError("Give at least one sample.")
         samples = [self._complete(s, check_length) for s in samples]
         arrays, row_images = self._unique_images(samples)
         self._check_prompts(samples, arrays, row_images)
@@ -159,56 +198,61 @@ class MedPLIBProcessor:
 
         A label is what stands between <ref> and </ref> before its `<SEG>`.
         """
-        ids = [int(i) for i in ids]
+        ids = [int(i) for i in ids if i >= 0]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
-        raw = self.tokenizer.decode([i for i in ids if i >= 0], skip_special_tokens=False)
-        raw = raw.replace(self.tokenizer.pad_token or "</s>", "").replace("</s>", "").strip()
-        labels, label, inside = [], "", False
-        for part in CONTROL.split(raw):
-            if part == "<ref>":
-                label, inside = "", True
-            elif part == "</ref>":
-                inside = False
-            elif part == SEG:
-                labels.append(label.strip())
+        names = {i: token for token, i in self.control_ids.items()}
+        foreign = set(self.tokenizer.all_special_ids) - set(names)  # <s>, <pad>, ...
+        ids = [i for i in ids if i not in foreign]
+        runs: list[list[int]] = [[]]  # the words between control tokens
+        labels, label, start = [], "", None  # start: the run in which an open <ref> began
+        for i in ids:
+            if i not in names:
+                runs[-1].append(i)
+                continue
+            if names[i] in ("</ref>", SEG) and start is not None:
+                label, start = self._words(runs[start:]), None
+            if names[i] == SEG:
+                labels.append(label)
                 label = ""
-            elif inside:
-                label += part
-        clean = re.sub(r"\s+([.,;:!?])", r"\1", re.sub(r"\s+", " ", CONTROL.sub(" ", raw))).strip()
-        return clean, raw, labels
+            runs.append([])
+            if names[i] == "<ref>":
+                label, start = "", len(runs) - 1
+        return self._words(runs), self.tokenizer.decode(ids, skip_special_tokens=False).strip(), labels
+
+    def _words(self, runs: Sequence[list[int]]) -> str:
+        """Runs of ids -> one clean text: no doubled spaces, none before punctuation; line breaks stay."""
+        text = " ".join(self.tokenizer.decode(run, skip_special_tokens=False) for run in runs if run)
+        text = re.sub(r"[^\S\n]+", " ", text)
+        text = re.sub(r" ?\n ?", "\n", text)
+        return re.sub(r" +([.,;:!?])(?=\s|$)", r"\1", text).strip()
 
     # -- one step each -------------------------------------------------------------------------------------
 
     def _complete(self, sample: Sample, check_length: bool) -> Sample:
         """Check a sample and write its missing <region> places. Raises InputError."""
-        if not sample.turns:
-            raise InputError("A sample needs at least one question.")
-        turns = [tuple(t) for t in sample.turns]
-        for question, _ in turns:
-            if not isinstance(question, str) or not question.strip():
-                raise InputError(f"The question is {question!r}; write at least one word.")
-            if check_length and len(question) > MAX_QUESTION:
-                raise InputError(
-                    f"The question has {len(question)} characters; the limit is {MAX_QUESTION}. Shorten it, "
-                    "or ask several questions."
-                )
+        turns = check_turns(sample.turns, MAX_QUESTION if check_length else None)
         written = sum(question.count(REGION) for question, _ in turns)
         if sample.prompts and written > len(sample.prompts):
             raise InputError(
-                f"The question has {written} <region> but {len(sample.prompts)} prompts were given; give a Point, "
-                "Box or Mask for each."
+                f"The question has {written} <region> but {len(sample.prompts)} prompts were given; give a "
+                "Point, Box or Mask for each."
             )
         if not sample.prompts and written:
-            warnings.warn("The question says <region> but no prompt was given: it is read as text.", stacklevel=4)
-        missing = len(sample.prompts) - written
-        if missing:
+            warnings.warn(
+                "The question says <region> but no prompt was given: it is read as text.", stacklevel=4
+            )
+        if len(sample.prompts) > written:
             question, answer = turns[-1]
-            turns[-1] = (question.rstrip() + f" {REGION}" * missing, answer)
+            turns[-1] = (question.rstrip() + f" {REGION}" * (len(sample.prompts) - written), answer)
         if sample.prompts and not sample.images:
             raise InputError(f"{len(sample.prompts)} region prompts were given, but no image to look at.")
+        _check_numbers("prompt_images", sample.prompt_images, len(sample.prompts), len(sample.images))
+        segs = sum((answer or "").count(SEG) for _, answer in turns)
+        _check_numbers("seg_images", sample.seg_images, segs, len(sample.images))
+        masks = [] if sample.masks is None else list(sample.masks)
         return Sample(
-            list(sample.images), turns, list(sample.prompts), sample.prompt_images, sample.masks, sample.seg_images
+            list(sample.images), turns, list(sample.prompts), sample.prompt_images, masks, sample.seg_images
         )
 
     @staticmethod
@@ -228,10 +272,7 @@ class MedPLIBProcessor:
 
     @staticmethod
     def _prompt_image(sample: Sample, index: int, row: Sequence[int]) -> int:
-        within = sample.prompt_images[index] if sample.prompt_images is not None else 0
-        if not 0 <= within < len(row):
-            raise InputError(f"Prompt {index} names image {within}, but the sample has {len(row)}.")
-        return row[within]
+        return row[0 if sample.prompt_images is None else sample.prompt_images[index]]
 
     def _check_prompts(self, samples, arrays, row_images) -> None:
         for sample, row in zip(samples, row_images, strict=True):
@@ -246,10 +287,12 @@ class MedPLIBProcessor:
             return [tokens.image] * self.num_image_tokens
         if piece.kind == "region":
             return [tokens.region]
-        encode = self.tokenizer.encode
-        if piece.control:
-            return encode(piece.text, add_special_tokens=False)
-        return encode(piece.text, add_special_tokens=False, split_special_tokens=True)
+        if piece.kind == "end" and self.eos_id is not None:
+            return [self.eos_id]
+        with _tokenizer_lock:
+            return self.tokenizer.encode(
+                piece.text, add_special_tokens=False, split_special_tokens=not piece.control
+            )
 
     def _pad(self, rows: list[tuple[list[int], list[int]]], training: bool) -> dict[str, Tensor]:
         length = max(len(ids) for ids, _ in rows)
@@ -268,8 +311,8 @@ class MedPLIBProcessor:
         return out
 
     def region_mask(self, mask: np.ndarray) -> Tensor:
-        """A bool (H, W) region -> what the pooler takes: (g, g) on the vision grid ("official"), or the region on
-        the vision tower's square ("area")."""
+        """A bool (H, W) region -> what the pooler takes: (g, g) on the vision grid ("official"), or the
+        region on the vision tower's square ("area")."""
         vision = self.config.vision
         if self.config.region.mask_mode == "official":
             patch = vision.image_size // self.grid
@@ -295,17 +338,61 @@ class MedPLIBProcessor:
             count = sum((answer or "").count(SEG) for _, answer in sample.turns)
             if not row and count:
                 raise InputError(f"An answer holds {count} <SEG>, but the sample has no image to draw on.")
-            if training and sample.masks is not None and len(sample.masks) not in (0, count):
+            if training and len(sample.masks) not in (0, count):
                 raise InputError(f"The answers hold {count} <SEG>, but {len(sample.masks)} masks were given.")
-            within = sample.seg_images if sample.seg_images is not None else [len(row) - 1] * count
+            within = [len(row) - 1] * count if sample.seg_images is None else sample.seg_images
             segs += [row[i] for i in within]
             for i, mask in zip(within, sample.masks, strict=False):
-                box = letterboxes[row[i]]
-                if mask.shape != tuple(box.original_size):
-                    raise InputError(f"A mask has size {mask.shape}, its image {tuple(box.original_size)}; make them equal.")
-                squares.append(torch.as_tensor(box.mask(np.asarray(mask, dtype=bool))).float())
+                squares.append(
+                    torch.as_tensor(letterboxes[row[i]].mask(_target(mask, letterboxes[row[i]]))).float()
+                )
+        if squares and len(squares) != len(segs):
+            raise InputError(
+                f"The batch's answers hold {len(segs)} <SEG>, but {len(squares)} masks were given; give one "
+                "for each, "
+                "or none at all."
+            )
         if segs:
             tensors["seg_images"] = torch.tensor(segs)
         if squares:
             tensors["masks"] = torch.stack(squares)
         return segs
+
+
+def _load_tokenizer(folder: Path | str, config: MedPLIBConfig):
+    """The tokenizer in a folder, no code of its own run. Raises CheckpointError."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # tokenizer files fail in as many ways as there are formats
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"The tokenizer of {str(folder)!r} cannot be read: {reason}") from error
+
+
+def _check_numbers(name: str, given: Sequence[int] | None, count: int, images: int) -> None:
+    """`given` names an image for each of `count` things, out of `images`. Raises InputError."""
+    if given is None:
+        return
+    if len(given) != count:
+        raise InputError(f"{name} has {len(given)} entries for {count}; give one for each, or None.")
+    for i in given:
+        if not isinstance(i, int | np.integer) or not 0 <= i < images:
+            raise InputError(f"{name} names image {i!r}, but the sample has {images} (counted from 0).")
+
+
+def _target(mask: Any, letterbox: Letterbox) -> np.ndarray:
+    """A target mask as bool (H, W), all 0 allowed. Raises InputError for another size or other values."""
+    array = np.asarray(mask)
+    if array.shape != letterbox.original_size:
+        raise InputError(
+            f"A mask has size {array.shape}, its image {letterbox.original_size}; make them equal."
+        )
+    if array.dtype != np.bool_ and (array.dtype.kind not in "uif" or not np.isin(array, (0, 1, 255)).all()):
+        raise InputError(
+            f"A target mask holds 0 and 1 (or 255) only, got {array.dtype}; compare with a threshold."
+        )
+    return array.astype(bool, copy=False)
+
+
+AutoProcessor.register(MedPLIBConfig, MedPLIBProcessor, exist_ok=True)

@@ -51,6 +51,7 @@ def augment(
     *,
     modality: str,
     names: Sequence[str] | None = None,
+    table: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random variant of a labelled image: moved, bent, cropped, and with another intensity.
 
@@ -58,6 +59,7 @@ def augment(
     of `rng` gives the same variant. `names` (M), when given, lets an MR image with a "brain" mask lose its
     skull sometimes, and keeps images whose structures are called left or right from being flipped. A mask
     may come back empty or cut, so an object count, or which object is the largest, may no longer be true.
+    `table` is the chance that a CT image gets another patient table (see `add_table`).
 
     Raises InputError for an unknown modality, or shapes or types that do not fit.
     """
@@ -68,6 +70,8 @@ def augment(
         pixels, masks = strip_skull(pixels, masks, names or ())
     move = draw_move(rng, image.shape[:2], flips=_may_flip(modality, names))
     pixels, masks = resample(pixels, masks, move, outside=OUTSIDE.get(modality, "black"))
+    if modality == "CT" and rng.random() < table:
+        pixels = add_table(pixels, masks.any(axis=0), rng)
     pixels = change_intensity(pixels, rng, colour=modality in COLOUR)
     return (np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels), masks
 
@@ -175,6 +179,27 @@ def strip_skull(image: np.ndarray, masks: np.ndarray, names: Sequence[str]) -> t
         return image, masks
     brain = masks[list(names).index("brain")]
     return image * brain[..., None], masks & brain
+
+
+def add_table(image: np.ndarray, body: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw the scanner's patient table outside `body` (H, W): bright curved lines, and other air below them.
+
+    image (H, W, C) uint8 -> the same. Tables differ between scanners; a network that has seen one only takes
+    the air below another for something inside the patient.
+    """
+    height, width = body.shape
+    across = (np.arange(width) - width * rng.uniform(0.35, 0.65)) / width  # (W,)
+    line = height * (rng.uniform(0.8, 1.0) - rng.uniform(-0.2, 1.4) * across**2)  # (W,) row of the table's top
+    rows = np.arange(height)[:, None]
+    out = image.astype(np.int16)
+    below = (rows > line) & ~body
+    out[below] += rng.integers(-6, 16)
+    for _ in range(rng.integers(1, 4)):
+        thick, bright = rng.uniform(0.6, 2.5), rng.integers(50, 235)
+        dashes = (np.sin(np.arange(width) * rng.uniform(0.1, 0.6)) > -0.2) | (rng.random() < 0.7)  # (W,)
+        out[(np.abs(rows - line) < thick) & dashes & ~body] = bright
+        line = line + height * rng.uniform(0.02, 0.1)
+    return out.clip(0, 255).astype(np.uint8)
 
 
 def _check(image: np.ndarray, masks: np.ndarray, modality: str, names: Sequence[str] | None) -> None:

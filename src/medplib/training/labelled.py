@@ -51,6 +51,7 @@ class LabelledImages(Dataset):
         batch_size: int,
         seed: int,
         make: Callable[[list[Labelled], np.random.Generator], object] | None = None,
+        table: float = 0.0,
     ) -> None:
         self.by_dataset: dict[str, list[tuple]] = {}
         for s in samples:
@@ -62,7 +63,7 @@ class LabelledImages(Dataset):
             raise InputError(f"No images of {', '.join(unknown)}. Known: {', '.join(sorted(self.by_dataset))}.")
         self.names, shares = list(weights), np.array(list(weights.values()), dtype=float)
         self.shares = shares / shares.sum()
-        self.steps, self.batch_size, self.seed, self.make = steps, batch_size, seed, make
+        self.steps, self.batch_size, self.seed, self.make, self.table = steps, batch_size, seed, make, table
 
     def __len__(self) -> int:
         return self.steps
@@ -87,7 +88,7 @@ class LabelledImages(Dataset):
             rows = self.by_dataset[dataset]
             s, image, masks, names = rows[rng.choice(len(rows), p=self._row_shares(dataset))]
         stack = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
-        image, stack = augment(image, stack, rng, modality=s.modality, names=names)
+        image, stack = augment(image, stack, rng, modality=s.modality, names=names, table=self.table)
         keep = [i for i in range(len(names)) if stack[i].sum() >= MIN_PIXELS]
         return Labelled(image, stack[keep], tuple(names[i] for i in keep), s.modality, s.dataset, s.tier)
 

@@ -10,14 +10,15 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -55,6 +56,7 @@ class Run:
     questions: dict[str, float] = field(default_factory=dict)
     per_image: int = 6
     stage: Stage | None = None
+    table: float = 0.5
 
 
 def tiny_stage(name: str, train: tuple[str, ...], **changes) -> Stage:
@@ -66,6 +68,8 @@ VQA = {"modality": 0.2, "presence": 0.25, "list": 0.1, "region": 0.45}
 GROUNDING = {"grounding": 0.5, "absent": 0.35, "several": 0.15}
 ALL = {k: 0.45 * v for k, v in VQA.items()} | {k: 0.55 * v for k, v in GROUNDING.items()}
 LANGUAGE = ("language_model",)
+STAND_INS = "stand_ins.safetensors"
+TOWERS = ("towers", "tables")  # the second with other patient tables: one training CT shows one table only
 
 
 def recipe(scale: float = 1.0) -> list[Run]:
@@ -75,7 +79,8 @@ def recipe(scale: float = 1.0) -> list[Run]:
         return max(2, round(steps * scale))
 
     return [
-        Run("towers", n(1800), 8, 2e-3),
+        Run("towers", n(1800), 8, 2e-3, table=0.0),
+        Run("tables", n(500), 8, 8e-4),
         Run("words", n(250), 16, 3e-3, ALL, 6),
         Run("align", n(150), 8, 2e-3, VQA, 6, tiny_stage("align", ("projector", "region_adapter"))),
         Run("vqa", n(1100), 8, 1.5e-3, VQA, 6, tiny_stage("vqa", (*LANGUAGE, "projector", "region_adapter"))),
@@ -175,8 +180,10 @@ class TinyTraining:
 
     def train_one(self, run: Run, model: MedPLIB, folder: Path) -> None:
         """One loop, continued from its state on disk."""
-        if run.name == "towers":
+        if run.name in TOWERS:
             part: nn.Module = TowerTrainer(model, self.names, MODALITIES).to(self.device)
+            if run.name == "tables":
+                part.load_state_dict(load_file(self.out / STAND_INS), strict=False)
             side = model.config.vision.image_size // model.vision_tower.stride
             make: Callable = TowerBatch(model.config, side, self.names, MODALITIES, UNLABELLED)
             weights = {"dice": 1.0, "bce": 1.0, "iou": 0.1, "cells": 2.0, "modality": 0.2}
@@ -189,14 +196,16 @@ class TinyTraining:
         if run.stage is not None:
             log.info("\n%s", set_stage(model, run.stage))
         data = LabelledImages(
-            self.samples, SHARES, steps=run.steps, batch_size=run.batch_size, make=make,
+            self.samples, SHARES, steps=run.steps, batch_size=run.batch_size, make=make, table=run.table,
             seed=SEED * 1000 + [r.name for r in self.runs].index(run.name),
         )  # fmt: skip
 
         def losses(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return part(batch) if run.name == "towers" else part(**batch).losses
+            return part(batch) if run.name in TOWERS else part(**batch).losses
 
         loop(run, part, losses, weights, data, folder, self.device, self.workers)
+        if run.name in TOWERS:
+            save_file(part.stand_ins(), self.out / STAND_INS)
 
 
 def loop(run: Run, module: nn.Module, losses, weights, data: LabelledImages, folder: Path, device: str, workers: int):
@@ -213,7 +222,7 @@ def loop(run: Run, module: nn.Module, losses, weights, data: LabelledImages, fol
     warm = max(1, run.steps // 20)
 
     def rate(step: int) -> float:
-        return min((step + 1) / warm, 0.5 * (1 + np.cos(np.pi * min(1.0, step / run.steps))) + 0.01)
+        return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * min(1.0, step / run.steps))) + 0.01)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     state_file, first = folder / "state.pt", 0

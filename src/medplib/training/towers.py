@@ -32,6 +32,11 @@ class TowerTrainer(nn.Module):
         self.cell_head = nn.Conv2d(model.vision_tower.channels, len(names), 1)
         self.modality_head = nn.Linear(model.vision_tower.channels, len(modalities))
 
+    def stand_ins(self) -> dict[str, Tensor]:
+        """The prompts and heads, which no model keeps but the next run of the towers starts from."""
+        ours = ("prompts.", "cell_head.", "modality_head.")
+        return {k: v.contiguous() for k, v in self.state_dict().items() if k.startswith(ours)}
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The unweighted losses: dice and bce of the masks, iou head, cells (BCE), modality (CE)."""
         grid = self.vision_tower(batch["pixel_values"]).grid  # (B, C, g, g)

@@ -1,0 +1,29 @@
+"""The embedded model answers as it was trained to: a floor under its weights, on a patient it never saw."""
+
+from pathlib import Path
+
+import pytest
+
+from medplib import MedPLIB
+from medplib.data import load_mini
+
+CHEST_CT = Path(__file__).parents[1] / "examples" / "images" / "chest_ct.png"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MedPLIB.from_pretrained("medplib-tiny")
+
+
+def test_tiny_model_outlines_the_right_lung_says_what_is_absent_and_names_the_modality(model):
+    answer = model.segment(CHEST_CT, "the right lung")
+    assert [finding.label for finding in answer.findings] == ["right lung"], answer.text
+    pixels = CHEST_CT.read_bytes()
+    sample = next(sample for sample in load_mini(split="test") if sample.image.read_bytes() == pixels)
+    drawn, truth = answer.findings[0].mask, sample.load_mask("right lung")
+    assert 2 * (drawn & truth).sum() / (drawn.sum() + truth.sum()) > 0.8
+
+    absent = model.segment(CHEST_CT, "the optic disc")
+    assert absent.findings == [], absent.text
+
+    assert "CT" in model.ask(CHEST_CT, "What is the modality of this image?").text
