@@ -71,6 +71,6 @@ def test_a_template_of_ones_own_can_be_used():
 
 
 def test_an_unknown_template_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(UnknownNameError, match="'v7'.*vicuna_v1, llava_v1, brief"):
+    with pytest.raises(UnknownNameError, match=r"'v7'.*vicuna_v1, llava_v1, brief"):
         get_template("v7")
     assert {"vicuna_v1", "llava_v1", "brief"} <= set(TEMPLATES)

@@ -379,7 +379,7 @@ def test_a_failing_download_is_one_clear_error(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(loading, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match="no folder 'somebody/some-model'.*no route"):
+    with pytest.raises(CheckpointError, match=r"no folder 'somebody/some-model'.*no route"):
         MedPLIB.from_pretrained("somebody/some-model")
 
 

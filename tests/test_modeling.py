@@ -519,7 +519,7 @@ def test_regions_without_an_image_are_refused(tiny_model):
         ({"tokens": {"image": -200, "region": -300, "seg": 99999}}, "tokens.seg is 99999"),
         ({"mask": {"dim": 64}}, "mask.dim is 64"),
         ({"mask": {"image_size": 72}}, "multiple of its tower's stride 16, got 72"),
-        ({"mask": {"encoder": {"name": "sam_vit", "args": SMALL_SAM}}}, "image_size is 64, but its tower takes 32"),
+        ({"mask": {"encoder": {"name": "sam_vit", "args": SMALL_SAM}}}, "64, but its tower takes 32"),
         ({"text": {"model_type": "opt", "ffn_dim": 8}}, "OPTForCausalLM has no layers"),
     ],
 )  # fmt: skip

@@ -316,5 +316,5 @@ def test_a_tokenizer_of_another_model_is_refused(processor, tiny_config):
     config = tiny_config(tokens={"image": -200, "region": -300, "seg": 9})
     with pytest.raises(InputError, match=r"tokenizer's id of <SEG> is 3.*tokens\.seg is 9"):
         MedPLIBProcessor(processor.tokenizer, config, 4, 4)
-    with pytest.raises(InputError, match="318 tokens.*vocab_size is 100"):
+    with pytest.raises(InputError, match=r"318 tokens.*vocab_size is 100"):
         MedPLIBProcessor(processor.tokenizer, tiny_config(text={"vocab_size": 100}), 4, 4)

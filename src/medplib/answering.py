@@ -150,8 +150,7 @@ class AnsweringMixin:
         if limit is not None and prompt + new > limit:
             raise InputError(
                 f"The prompt takes {prompt} tokens and max_new_tokens is {new}, but the language model "
-                "reads at most "
-                f"{limit} together. Shorten the question, or give fewer images."
+                f"reads at most {limit} together. Shorten the question, or give fewer images."
             )
 
     def _draw_generated(self, batch: Batch, generated: Generation) -> list[tuple[int, int, Tensor]]:

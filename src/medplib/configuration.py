@@ -240,8 +240,7 @@ class MedPLIBConfig(PreTrainedConfig):
         if kind != "medplib":
             raise InputError(
                 f"This is the configuration of a {str(kind)[:40]!r} model, not of a 'medplib' model; give a "
-                "folder "
-                "written by MedPLIB.save_pretrained."
+                "folder written by MedPLIB.save_pretrained."
             )
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -310,8 +309,7 @@ def _make_text(value: Any) -> PreTrainedConfig:
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise InputError(
                 f"text_config.model_type must be a decoder that transformers knows, such as 'llama', "
-                "'mistral' or "
-                f"'qwen2'; got {kind!r:.80}."
+                f"'mistral' or 'qwen2'; got {kind!r:.80}."
             )
         try:
             value = CONFIG_MAPPING[kind](**{k: v for k, v in value.items() if k != "model_type"})

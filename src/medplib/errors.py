@@ -1,4 +1,4 @@
-"""The errors medplib raises for input it cannot use: each names the value given and what would have worked."""
+"""The errors medplib raises for input it cannot use; each names the value and what would have worked."""
 
 
 class MedPLIBError(Exception):

@@ -141,7 +141,7 @@ class LoadingMixin:
             config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
         elif not isinstance(config, MedPLIBConfig):
             raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
-        if kwargs.get("state_dict") is None:
+        if kwargs.get("state_dict") is None and kwargs.get("variant") is None:
             _check_files(folder, config)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32 if config.dtype in (torch.float16, torch.float32) else "auto"
@@ -182,9 +182,8 @@ class LoadingMixin:
             if self.processor is not None:
                 self.processor.save_pretrained(save_directory)
             lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("model*.safetensors"))]
-            (folder / CHECKSUMS).write_text(
-                "".join(lines), encoding="utf-8"
-            )  # last: earlier ones tell of a broken save
+            # Last of all: until then the checksums of an earlier save reveal one that was interrupted.
+            (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
     def identity(self) -> dict[str, str]:
         """Name of the loaded model and the hash of its weight files (empty for a model made in memory)."""
@@ -216,8 +215,7 @@ def _check_files(folder: Path, config: MedPLIBConfig) -> None:
     if found and max(found) + 1 != layers:
         raise CheckpointError(
             f"config.json of {str(folder)!r} says text_config.num_hidden_layers is {layers}, but its "
-            "weights have "
-            f"{max(found) + 1} layers; they do not belong together."
+            f"weights have {max(found) + 1} layers; they do not belong together."
         )
     _check_sums(folder, files)
 
@@ -263,8 +261,7 @@ def _check_sums(folder: Path, files: list[Path]) -> None:
         if wanted.get(path.name) != _sha256(path):
             raise CheckpointError(
                 f"{str(path)!r} is not the file that was saved: its SHA-256 differs from {CHECKSUMS}. Copy "
-                "it again, "
-                f"or delete {CHECKSUMS} if you changed the weights on purpose."
+                f"it again, or delete {CHECKSUMS} if you changed the weights on purpose."
             )
 
 

@@ -213,18 +213,19 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             return words
         images = self.projector(features.grid)  # (N, tokens, D)
         if image_index is not None:
-            images = images[image_index]  # (I, tokens, D)
+            images = images[image_index.to(images.device)]  # (I, tokens, D)
         words = _scatter(words, is_image, rearrange(images, "i t d -> (i t) d"), "image")
         if num_regions:
             grid = self.region_adapter(rearrange(features.grid, "n c h w -> n h w c"))
             grid = rearrange(grid, "n h w d -> n d h w")
-            pooled = self.region_pooler(grid, region_masks, region_images)  # (R, D)
+            pooled = self.region_pooler(grid, region_masks.to(grid.device), region_images)  # (R, D)
             words = _scatter(words, is_region, pooled, "region")
         return words
 
     def decode_masks(self, states: Tensor, features: VisionFeatures, images: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states that predict `<SEG>` (S, D), mask features of N images, the image of each state (S,)
         -> mask logits (S, h, w), predicted IoU (S,)."""
+        images = images.to(features.grid.device)  # with device_map the parts may lie on several devices
         text = self.seg_projector(states).unsqueeze(1)  # (S, 1, dim)
         sparse, dense = self.prompt_encoder(text=text)
         masks, iou = self.mask_decoder(
@@ -315,13 +316,16 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             used, seg_images = torch.unique(seg_images, return_inverse=True)
             features = self.mask_encoder(pixels[used])
         result.seg_rows = rows
-        result.mask_logits, result.iou_scores = self.decode_masks(hidden[:, :-1][at], features, seg_images)
+        result.mask_logits, result.iou_scores = self.decode_masks(
+            hidden[:, :-1][at.to(hidden.device)], features, seg_images
+        )
 
     def _losses(self, result, labels, masks) -> dict[str, Tensor]:
         out = {}
         if result.logits.shape[1] != labels.shape[1]:
             raise InputError("labels need the logits of every position: leave logits_to_keep at 0.")
-        logits, target = result.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten()
+        logits = result.logits[:, :-1].float().flatten(0, 1)  # (B * (L - 1), vocabulary)
+        target = labels[:, 1:].flatten().to(logits.device)
         if bool((target != -100).any()):
             out["ce"] = nn.functional.cross_entropy(logits, target, ignore_index=-100)
         else:
@@ -330,8 +334,13 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             drawn = 0 if result.mask_logits is None else len(result.mask_logits)
             if drawn != len(masks):
                 raise InputError(f"{len(masks)} target masks, but {drawn} <SEG> with an image to draw on.")
-            scores = result.iou_scores
-            out |= all_mask_losses(result.mask_logits, masks, scores, weights=self.config.losses)
+            terms = all_mask_losses(
+                result.mask_logits,
+                masks.to(result.mask_logits.device),
+                result.iou_scores,
+                weights=self.config.losses,
+            )
+            out |= {name: term.to(logits.device) for name, term in terms.items()}
         return out
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
@@ -358,7 +367,7 @@ def _scatter(words: Tensor, where: Tensor, values: Tensor, what: str) -> Tensor:
             f"The prompt has {count} {what} placeholders, but the {what}s given fill {len(values)}; "
             "let MedPLIBProcessor write the prompt."
         )
-    return words.masked_scatter(where.unsqueeze(-1), values.to(words.dtype))
+    return words.masked_scatter(where.unsqueeze(-1), values.to(words))
 
 
 def _keep_buffers(model: nn.Module) -> None:

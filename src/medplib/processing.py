@@ -104,8 +104,7 @@ class MedPLIBProcessor:
         if self.control_ids.get(SEG) != config.tokens.seg:
             raise InputError(
                 f"The tokenizer's id of {SEG} is {self.control_ids.get(SEG)}, the configuration's "
-                "tokens.seg is "
-                f"{config.tokens.seg}; use the tokenizer that the model was trained with."
+                f"tokens.seg is {config.tokens.seg}; use the tokenizer that the model was trained with."
             )
         if len(tokenizer) > config.text_config.vocab_size:
             raise InputError(
@@ -349,8 +348,7 @@ class MedPLIBProcessor:
         if squares and len(squares) != len(segs):
             raise InputError(
                 f"The batch's answers hold {len(segs)} <SEG>, but {len(squares)} masks were given; give one "
-                "for each, "
-                "or none at all."
+                "for each, or none at all."
             )
         if segs:
             tensors["seg_images"] = torch.tensor(segs)

@@ -189,7 +189,9 @@ def add_table(image: np.ndarray, body: np.ndarray, rng: np.random.Generator) -> 
     """
     height, width = body.shape
     across = (np.arange(width) - width * rng.uniform(0.35, 0.65)) / width  # (W,)
-    line = height * (rng.uniform(0.8, 1.0) - rng.uniform(-0.2, 1.4) * across**2)  # (W,) row of the table's top
+    line = height * (
+        rng.uniform(0.8, 1.0) - rng.uniform(-0.2, 1.4) * across**2
+    )  # (W,) row of the table's top
     rows = np.arange(height)[:, None]
     out = image.astype(np.int16)
     below = (rows > line) & ~body

@@ -1,4 +1,4 @@
-"""Questions with known answers about a labelled image: grounding, region, presence, modality; absent ones included."""
+"""Questions with known answers about a labelled image: grounding, regions, presence, modality, absence."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ REGION_QUESTIONS = (
     "Which organ or tissue is in <region>?",
 )
 
-# Structures that an image of the data set may show although nobody labelled them: never asked about as absent.
+# Structures that an image of the data set may show although nobody labelled them: never called absent.
 UNLABELLED: Mapping[str, frozenset[str]] = {
     "BrainT1c": frozenset(
         {"brain", "gray matter", "white matter", "left hemisphere", "right hemisphere", "bone", "body"}
@@ -102,7 +102,7 @@ class Question:
 
 
 def article(noun: str) -> str:
-    """ "a" or "an". """
+    """ "a" or "an"."""
     return "an" if noun[0].lower() in "aeiou" or noun[:2] in ("MR", "X-") else "a"
 
 
@@ -138,9 +138,13 @@ class QuestionMaker:
         question = _pick(rng, REGION_QUESTIONS)
         return Question("region", question, f"This is the {name}.", prompts=(prompt,), names=(name,))
 
-    def grounding(self, rng: np.random.Generator, name: str, mask: np.ndarray | None, modality: str) -> Question:
+    def grounding(
+        self, rng: np.random.Generator, name: str, mask: np.ndarray | None, modality: str
+    ) -> Question:
         """mask None: the structure is absent and the answer says so without a `<SEG>`."""
-        question = _fill(_pick(rng, GROUNDING_QUESTIONS), name, modality, the="" if rng.random() < 0.1 else "the ")
+        question = _fill(
+            _pick(rng, GROUNDING_QUESTIONS), name, modality, the="" if rng.random() < 0.1 else "the "
+        )
         if mask is None:
             return Question("absent", question, absent_answer(name), names=(name,))
         return Question("grounding", question, present_answer([name]), (mask,), names=(name,))
@@ -175,8 +179,10 @@ def absent_answer(name: str) -> str:
 def region_prompt(
     rng: np.random.Generator, masks: np.ndarray, index: int, mask_share: float = 0.6
 ) -> tuple[Point | Box | Mask, int]:
-    """A prompt for structure `index` of masks (M, H, W): its mask, its box when the structure fills most of it,
-    or a point in it. Returns the prompt and the index it means: a point means the smallest structure under it."""
+    """A prompt for structure `index` of masks (M, H, W): its mask, its box, or a point in it.
+
+    Returns the prompt and the index it means: a point means the smallest structure under it.
+    """
     mask = masks[index]
     draw = rng.random()
     ys, xs = np.nonzero(mask)

@@ -1,1 +1,1 @@
-"""TODO"""
+"""How medplib-tiny is trained, from nothing."""

@@ -1,4 +1,4 @@
-"""Labelled images -> questions -> the tensors a stage trains on; and the texts a tokenizer is learned from."""
+"""Labelled images -> questions -> the tensors a stage trains on; and the texts for a tokenizer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from medplib.training.labelled import Labelled
 class QuestionBatch:
     """Draws `per_image` questions about each image by the shares in `mix` (task: share), and processes them.
 
-    images=False leaves the pictures, regions and masks away: text alone, for a language model that starts from
-    nothing.
+    images=False leaves the pictures, regions and masks away: text alone, for a language model that starts
+    from nothing.
     """
 
     def __init__(
-        self, processor: MedPLIBProcessor, maker: QuestionMaker, mix: dict[str, float], per_image: int, images: bool = True
+        self,
+        processor: MedPLIBProcessor,
+        maker: QuestionMaker,
+        mix: dict[str, float],
+        per_image: int,
+        images: bool = True,
     ) -> None:
         self.processor, self.maker, self.per_image, self.images = processor, maker, per_image, images
         self.tasks, shares = list(mix), np.array(list(mix.values()))
@@ -44,7 +49,7 @@ class QuestionBatch:
         return self.processor._pad([self.processor.encode(s, training=True) for s in samples], training=True)
 
     def draw(self, item: Labelled, rng: np.random.Generator) -> Question:
-        """One question about `item`; a task that the image cannot serve falls back to the modality or absence."""
+        """One question about `item`; a task that it cannot serve falls back to the modality or absence."""
         task = self.tasks[rng.choice(len(self.tasks), p=self.shares)]
         own, others = self.maker.absent_names(item.dataset, item.names)
         present = len(item.names)
@@ -88,7 +93,12 @@ def template_texts(names: Sequence[str], modalities: Sequence[str]) -> list[str]
     for name in names:
         texts += [q._fill(t, name, m) for t in q.GROUNDING_QUESTIONS for m in modalities[:1]]
         texts += [q._fill(t, name) for t in q.PRESENCE_QUESTIONS]
-        texts += [f"Segment the {name} and the {name}.", f"This is the {name}.", f"Here is the {name}", q.absent_answer(name)]
+        texts += [
+            f"Segment the {name} and the {name}.",
+            f"This is the {name}.",
+            f"Here is the {name}",
+            q.absent_answer(name),
+        ]
         texts += [f"Yes, there is {name}.", f"This image shows {name}, {name}."] * 3
     for m in modalities:
         texts += [*q.MODALITY_QUESTIONS, f"This is {q.article(m)} {m} image.", f"in this {m} image"] * 3

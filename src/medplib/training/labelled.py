@@ -24,7 +24,7 @@ SIMULATED = ("phantoms", "pet")
 
 @dataclass(frozen=True)
 class Labelled:
-    """One augmented image: (H, W, 3) uint8, masks (M, H, W) bool and their names, all large enough to ask about."""
+    """One augmented image (H, W, 3) uint8, masks (M, H, W) bool and names, each large enough to ask about."""
 
     image: np.ndarray
     masks: np.ndarray
@@ -60,7 +60,9 @@ class LabelledImages(Dataset):
             self.by_dataset.setdefault(s.dataset, []).append((s, s.load_image(), masks, names))
         unknown = sorted(set(weights) - set(self.by_dataset) - set(SIMULATED))
         if unknown:
-            raise InputError(f"No images of {', '.join(unknown)}. Known: {', '.join(sorted(self.by_dataset))}.")
+            raise InputError(
+                f"No images of {', '.join(unknown)}. Known: {', '.join(sorted(self.by_dataset))}."
+            )
         self.names, shares = list(weights), np.array(list(weights.values()), dtype=float)
         self.shares = shares / shares.sum()
         self.steps, self.batch_size, self.seed, self.make, self.table = steps, batch_size, seed, make, table

@@ -1,6 +1,8 @@
-"""Train medplib-tiny from nothing: foundations, then the four stages; `python -m medplib.training.tiny --out runs/tiny`.
+"""Train medplib-tiny from nothing: foundations, then the four stages of MedPLIB.
 
-Every step's data are keyed by (seed, stage, step), every stage keeps its state on disk, and the command continues
+    python -m medplib.training.tiny --out runs/tiny
+
+Every step's data are keyed by (seed, run, step) and every run keeps its state on disk: the command continues
 where it was stopped. About 90 minutes on 2 CPU cores.
 """
 
@@ -26,7 +28,7 @@ from medplib.configuration import MedPLIBConfig
 from medplib.data.mini import load_mini
 from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import UNLABELLED, QuestionMaker
-from medplib.experts.upcycle import assemble_mixture, upcycle
+from medplib.experts.upcycle import assemble_mixture
 from medplib.modeling import MedPLIB
 from medplib.processing import MedPLIBProcessor
 from medplib.stages import STAGES, Stage, set_stage
@@ -41,7 +43,18 @@ SHARES = {
     "ChestCT": 0.30, "MNI152": 0.20, "BrainT1c": 0.12, "FluoNuclei": 0.12, "ColonIHC": 0.06, "HistoHE": 0.07,
     "RetinaCC0": 0.06, "phantoms": 0.06, "pet": 0.02,
 }  # fmt: skip
-MODALITIES = ["CT", "MR", "PET", "X-ray", "dermoscopy", "endoscopy", "fundus", "histopathology", "microscopy", "ultrasound"]
+MODALITIES = [
+    "CT",
+    "MR",
+    "PET",
+    "X-ray",
+    "dermoscopy",
+    "endoscopy",
+    "fundus",
+    "histopathology",
+    "microscopy",
+    "ultrasound",
+]
 SEED = 42
 
 
@@ -59,15 +72,15 @@ class Run:
     table: float = 0.5
 
 
-def tiny_stage(name: str, train: tuple[str, ...], **changes) -> Stage:
-    """A built-in stage with its parts trained in full instead of through LoRA: at 1 M parameters LoRA saves nothing."""
-    return dataclasses.replace(STAGES[name], train=train, freeze=(), lora=None, **changes)
+def tiny_stage(name: str, *train: str) -> Stage:
+    """A built-in stage that trains these parts in full: at 1 M parameters LoRA saves nothing."""
+    return dataclasses.replace(STAGES[name], train=train, freeze=(), lora=None, loss_weights=LOSSES)
 
 
 VQA = {"modality": 0.2, "presence": 0.25, "list": 0.1, "region": 0.45}
 GROUNDING = {"grounding": 0.5, "absent": 0.35, "several": 0.15}
 ALL = {k: 0.45 * v for k, v in VQA.items()} | {k: 0.55 * v for k, v in GROUNDING.items()}
-LANGUAGE = ("language_model",)
+LOSSES = {"ce": 1.0, "dice": 1.0, "bce": 1.0, "iou": 0.1}
 STAND_INS = "stand_ins.safetensors"
 TOWERS = ("towers", "tables")  # the second with other patient tables: one training CT shows one table only
 
@@ -78,48 +91,79 @@ def recipe(scale: float = 1.0) -> list[Run]:
     def n(steps: int) -> int:
         return max(2, round(steps * scale))
 
+    sides = ("mask_decoder", "seg_projector")
+    align = tiny_stage("align", "projector", "region_adapter")
+    vqa = tiny_stage("vqa", "language_model", "projector", "region_adapter")
+    grounding = tiny_stage("grounding", "feed_forward", "prompt_encoder", *sides)
+    mixture = tiny_stage("mixture", "language_model", "projector", "region_adapter", *sides)
     return [
         Run("towers", n(1800), 8, 2e-3, table=0.0),
         Run("tables", n(500), 8, 8e-4),
         Run("words", n(250), 16, 3e-3, ALL, 6),
-        Run("align", n(150), 8, 2e-3, VQA, 6, tiny_stage("align", ("projector", "region_adapter"))),
-        Run("vqa", n(1100), 8, 1.5e-3, VQA, 6, tiny_stage("vqa", (*LANGUAGE, "projector", "region_adapter"))),
-        Run("grounding", n(900), 8, 1.5e-3, GROUNDING, 5,
-            tiny_stage("grounding", ("feed_forward", "mask_decoder", "prompt_encoder", "seg_projector"))),
-        Run("mixture", n(900), 8, 1e-3, ALL, 6,
-            tiny_stage("mixture", (*LANGUAGE, "projector", "region_adapter", "mask_decoder", "seg_projector"))),
-    ]  # fmt: skip
+        Run("align", n(150), 8, 2e-3, VQA, 6, align),
+        Run("vqa", n(1100), 8, 1.5e-3, VQA, 6, vqa),
+        Run("grounding", n(900), 8, 1.5e-3, GROUNDING, 5, grounding),
+        Run("mixture", n(900), 8, 1e-3, ALL, 6, mixture),
+    ]
+
+
+def _pyramid(channels: list[int], skips: list[int]) -> dict:
+    """A small ResNet, its levels merged, told where each pixel lies; `skips`: channels of the finer maps."""
+    network = dict(channels=channels, stem_width=8, stem_type="deep_tiered")
+    return dict(
+        name="timm_pyramid",
+        args=dict(
+            model="resnet18d",
+            dim=128,
+            model_args=network,
+            coordinates=True,
+            top_stride=16,
+            skip_strides=[8, 4, 2][: len(skips)],
+            skip_channels=skips,
+        ),
+    )
 
 
 def tiny_config(vocab_size: int, seg_id: int, moe: bool = False) -> MedPLIBConfig:
     """The sizes of medplib-tiny."""
     return MedPLIBConfig(
         text_config=dict(
-            model_type="llama", vocab_size=vocab_size, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            model_type="llama",
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         ),
         vision=dict(
-            tower=dict(name="timm_pyramid", args=dict(
-                model="resnet18d", dim=128, model_args=dict(channels=[24, 48, 96, 128], stem_width=8, stem_type="deep_tiered"), coordinates=True,
-                top_stride=16, skip_strides=[], skip_channels=[],
-            )),
-            projector=dict(name="pooled_mlp", args=dict(factor=2)), image_size=192,
+            tower=_pyramid([24, 48, 96, 128], []),
+            projector=dict(name="pooled_mlp", args=dict(factor=2)),
+            image_size=192,
         ),
         region=dict(mask_mode="area", pooler=dict(name="mean", args=dict(weights="area"))),
         mask=dict(
-            encoder=dict(name="timm_pyramid", args=dict(
-                model="resnet18d", dim=128, model_args=dict(channels=[24, 48, 96, 160], stem_width=8, stem_type="deep_tiered"), coordinates=True,
-                top_stride=16, skip_strides=[8, 4, 2], skip_channels=[64, 32, 16],
-            )),
-            dim=128, image_size=256, mask_channels=8, depth=2, num_heads=4, mlp_dim=256,
-            decoder=dict(name="sam", args=dict(num_multimask_outputs=0, iou_head_hidden_dim=64, num_upscales=3)),
+            encoder=_pyramid([24, 48, 96, 160], [64, 32, 16]),
+            dim=128,
+            image_size=256,
+            mask_channels=8,
+            depth=2,
+            num_heads=4,
+            mlp_dim=256,
+            decoder=dict(
+                name="sam", args=dict(num_multimask_outputs=0, iou_head_hidden_dim=64, num_upscales=3)
+            ),
         ),
         moe=dict(experts=["grounding", "vqa"]) if moe else None,
         tokens=dict(image=-200, region=-300, seg=seg_id),
-        losses=dict(ce=1.0, dice=1.0, bce=1.0, iou=0.1),
+        losses=LOSSES,
         template="brief",
-    )  # fmt: skip
+    )
 
 
 class TinyTraining:
@@ -171,7 +215,7 @@ class TinyTraining:
         return model.eval()
 
     def to_mixture(self, grounding: Path, vqa: Path) -> MedPLIB:
-        """Expert "grounding" from the grounding run, "vqa" and all else from the vqa run, mask side from grounding."""
+        """The experts from the run of their name, the mask side from grounding, all else from vqa."""
         model = self.new_model(moe=True)
         sources = {"grounding": MedPLIB.from_pretrained(grounding), "vqa": MedPLIB.from_pretrained(vqa)}
         parts = ("seg_projector", "mask_decoder", "prompt_encoder")
@@ -188,8 +232,10 @@ class TinyTraining:
             make: Callable = TowerBatch(model.config, side, self.names, MODALITIES, UNLABELLED)
             weights = {"dice": 1.0, "bce": 1.0, "iou": 0.1, "cells": 2.0, "modality": 0.2}
         else:
-            part, weights = model, dataclasses.asdict(model.config.losses)
-            make = QuestionBatch(model.processor, self.maker, run.questions, run.per_image, images=run.name != "words")
+            part, weights = model, dict(LOSSES)
+            make = QuestionBatch(
+                model.processor, self.maker, run.questions, run.per_image, images=run.name != "words"
+            )
         if run.name == "words":
             model.requires_grad_(False)
             model.language_model.requires_grad_(True)
@@ -208,8 +254,17 @@ class TinyTraining:
             save_file(part.stand_ins(), self.out / STAND_INS)
 
 
-def loop(run: Run, module: nn.Module, losses, weights, data: LabelledImages, folder: Path, device: str, workers: int):
-    """AdamW, linear warm-up then cosine decay, clip 1.0; state written every 200 steps and read when it is there."""
+def loop(
+    run: Run,
+    module: nn.Module,
+    losses,
+    weights,
+    data: LabelledImages,
+    folder: Path,
+    device: str,
+    workers: int,
+):
+    """AdamW, warm-up then cosine decay, clip 1.0; the state is kept every 200 steps and read if there."""
     folder.mkdir(parents=True, exist_ok=True)
     module.train()
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -266,7 +321,9 @@ def loop(run: Run, module: nn.Module, losses, weights, data: LabelledImages, fol
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs (continued if there)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and logs (continued if there)"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
     parser.add_argument("--workers", type=int, default=1, help="data loader processes")
     parser.add_argument("--device", default=None)

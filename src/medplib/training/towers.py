@@ -1,4 +1,4 @@
-"""The foundations of a model that has no pretrained towers: both image encoders and the mask decoder, by names.
+"""The foundations of a model without pretrained towers: both image encoders and the mask decoder, by names.
 
 The published model starts from CLIP and SAM-Med2D weights. A model trained from nothing learns their part
 here: a learned embedding per structure name stands in for the `<SEG>` state, and throwaway heads read each
@@ -65,15 +65,23 @@ class TowerTrainer(nn.Module):
 class TowerBatch:
     """Labelled images -> tensors for TowerTrainer (picklable, for data loader workers)."""
 
-    def __init__(self, config, grid: int, names: list[str], modalities: list[str], unsure, max_masks: int = 4):
+    def __init__(
+        self, config, grid: int, names: list[str], modalities: list[str], unsure, max_masks: int = 4
+    ):
         self.vision, self.mask, self.grid = config.vision, config.mask, grid
         self.names, self.modalities, self.unsure, self.max_masks = names, modalities, unsure, max_masks
 
     def __call__(self, images: list[Labelled], rng: np.random.Generator) -> dict[str, Tensor]:
-        out: dict[str, list] = {k: [] for k in ("pixels", "mask_pixels", "cells", "weights", "masks", "at", "names")}
+        out: dict[str, list] = {
+            k: [] for k in ("pixels", "mask_pixels", "cells", "weights", "masks", "at", "names")
+        }
         for i, item in enumerate(images):
-            out["pixels"].append(prepare_clip(item.image, self.vision.image_size, self.vision.mean, self.vision.std))
-            out["mask_pixels"].append(prepare_sam(item.image, self.mask.image_size, self.mask.mean, self.mask.std))
+            out["pixels"].append(
+                prepare_clip(item.image, self.vision.image_size, self.vision.mean, self.vision.std)
+            )
+            out["mask_pixels"].append(
+                prepare_sam(item.image, self.mask.image_size, self.mask.mean, self.mask.std)
+            )
             cells = torch.zeros(len(self.names), self.grid, self.grid)
             weights = torch.ones(len(self.names), 1, 1)
             for name in self.unsure.get(item.dataset, ()):
