@@ -1,5 +1,4 @@
-"""MedPLIB: the parts put together into one model that answers in words and draws the masks its words point
-at.
+"""MedPLIB: the parts put together into one model that answers in words and draws what its words point at.
 
 Letters: B rows, L tokens, D language width, N images, R regions, S `<SEG>` tokens, C vision channels.
 """

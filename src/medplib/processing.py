@@ -1,5 +1,4 @@
-"""MedPLIBProcessor: images, prompts and words -> every tensor the model takes, labels included; and ids ->
-words.
+"""MedPLIBProcessor: images, prompts and words -> every tensor the model takes; and ids -> words.
 
 B rows, L tokens, N images, R regions, S `<SEG>` tokens, g side of the vision grid.
 """
@@ -152,8 +151,7 @@ class MedPLIBProcessor:
     def __call__(
         self, samples: Sequence[Sample], *, training: bool = False, check_length: bool = True
     ) -> Batch:
-        """Samples -> a Batch: right padding with labels when `training`, left padding for generation
-        otherwise.
+        """Samples -> a Batch: right padding with labels when `training`, else left padding for generation.
 
         Identical image objects are prepared once. Raises InputError for unusable images, prompts outside
         their image, counts that do not match, and (unless check_length is False) questions over MAX_QUESTION

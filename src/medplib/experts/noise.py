@@ -1,0 +1,73 @@
+"""Random numbers for routing that depend on a key and a counter alone: the same on CPU, GPU and in recompute.
+
+    noise = KeyedNoise(seed=7)
+    noise.advance()                      # once per forward
+    noise.uniform((3, 4), device="cpu")  # (3, 4) float32, above 0 and below 1
+
+The global random generators are neither used nor moved. Each number is the SplitMix64 hash (Steele et al., 2014)
+of the key, the count of draws and its place in the tensor, so nothing but the count has to be kept for a run to
+be continued, and a GPU draws what a CPU draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medplib.errors import InputError
+from medplib.experts.context import is_recomputation
+
+_STEP = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+
+
+class KeyedNoise(nn.Module):
+    """Uniform and Gumbel numbers; another module with these methods may take its place.
+
+    seed   the key; None takes one from torch's generator, so that every layer gets another
+
+    The key and the count are kept in the buffer `state`, saved with the model.
+    """
+
+    state: Tensor
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        elif isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed must be a whole number or None, got {seed!r}.")
+        self.register_buffer("state", torch.tensor([seed % 2**62, 0]))  # key, draws so far
+
+    def advance(self) -> None:
+        """Go to the next draw, unless this is a forward that gradient checkpointing repeats."""
+        if not is_recomputation():
+            self.state[1] += 1
+
+    def uniform(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Float32 numbers above 0 and below 1, the same until `advance`. No host sync."""
+        count = math.prod(shape)
+        state = self.state.to(device or self.state.device)
+        key = _mix(_mix(state[0]) + state[1] * _STEP)  # ()
+        bits = _mix(key + torch.arange(1, count + 1, device=state.device) * _STEP)  # (count,)
+        top = _shift(bits, 41).to(torch.float32)  # 23 bits, so that adding a half is exact
+        return ((top + 0.5) * 2.0**-23).reshape(tuple(shape))
+
+    def gumbel(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Float32 numbers of the Gumbel(0, 1) distribution."""
+        return -torch.log(-torch.log(self.uniform(shape, device)))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """Hash 64-bit numbers; int64 products wrap around on every device."""
+    z = (z ^ _shift(z, 30)) * _MIX[0]
+    z = (z ^ _shift(z, 27)) * _MIX[1]
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, places: int) -> Tensor:
+    """Shift right, filling with zeros."""
+    return (z >> places) & ((1 << (64 - places)) - 1)
