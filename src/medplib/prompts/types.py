@@ -113,7 +113,7 @@ def _check_numbers(prompt: object, **values: float) -> None:
     for name, value in values.items():
         try:
             finite = math.isfinite(value)
-        except TypeError:
+        except (TypeError, OverflowError):
             raise InputError(f"{name} must be a number of pixels, got {value!r} in {prompt}") from None
         if not finite:
             raise InputError(f"{name} must be a finite number of pixels, got {value} in {prompt}")
