@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from medplib.data.augment import augment
 from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import MIN_PIXELS
+from medplib.data.removal import take_out
 from medplib.data.samples import ImageSample
 from medplib.data.simulate import simulate_pet
 from medplib.errors import InputError
@@ -38,8 +39,8 @@ class LabelledImages(Dataset):
     """A map from step to a list of `batch_size` Labelled images (through `make`, to what the trainer takes).
 
     weights: {data set: share}; "phantoms" is the share of procedural images, "pet" that of PET simulated from
-    the chest CT images. Raises InputError for a data set
-    without images.
+    the chest CT images. table, removal: chances of `augment`'s patient table and of `take_out`.
+    Raises InputError for a data set without images.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class LabelledImages(Dataset):
         seed: int,
         make: Callable[[list[Labelled], np.random.Generator], object] | None = None,
         table: float = 0.0,
+        removal: float = 0.0,
     ) -> None:
         self.by_dataset: dict[str, list[tuple]] = {}
         for s in samples:
@@ -65,7 +67,8 @@ class LabelledImages(Dataset):
             )
         self.names, shares = list(weights), np.array(list(weights.values()), dtype=float)
         self.shares = shares / shares.sum()
-        self.steps, self.batch_size, self.seed, self.make, self.table = steps, batch_size, seed, make, table
+        self.steps, self.batch_size, self.seed, self.make = steps, batch_size, seed, make
+        self.table, self.removal = table, removal
 
     def __len__(self) -> int:
         return self.steps
@@ -90,6 +93,8 @@ class LabelledImages(Dataset):
             rows = self.by_dataset[dataset]
             s, image, masks, names = rows[rng.choice(len(rows), p=self._row_shares(dataset))]
         stack = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
+        if rng.random() < self.removal:
+            image, stack, names = take_out(image, stack, names, rng)
         image, stack = augment(image, stack, rng, modality=s.modality, names=names, table=self.table)
         keep = [i for i in range(len(names)) if stack[i].sum() >= MIN_PIXELS]
         return Labelled(image, stack[keep], tuple(names[i] for i in keep), s.modality, s.dataset, s.tier)
