@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medplib.decoders.postprocess import mask_score, masks_from_logits
 from medplib.errors import InputError
+from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
 from medplib.processing import Batch, Sample
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
@@ -40,13 +41,16 @@ class AnsweringMixin:
     """`ask`, `segment`, `answer` and `generate_with_states` of MedPLIB."""
 
     @torch.no_grad()
-    def generate_with_states(self, batch: Batch, *, max_new_tokens: int = 64, **kwargs) -> Generation:
+    def generate_with_states(
+        self, batch: Batch, *, max_new_tokens: int = 64, compat: Any = None, **kwargs
+    ) -> Generation:
         """Cached generation that keeps the hidden state each `<SEG>` was predicted from: no second forward.
 
-        Raises InputError for a prompt that leaves no room for `max_new_tokens`, and for ways of decoding
-        whose states would not line up with the tokens (beam search, several returned sequences, drafts).
+        compat: see `answer`. Raises InputError for a prompt that leaves no room for `max_new_tokens`, and for
+        ways of decoding whose states would not line up with the tokens (beam search, several returned
+        sequences, drafts).
         """
-        processor = self._need_processor()
+        processor, chosen = self._need_processor(), quirks(compat)
         for name in ("num_beams", "num_return_sequences"):
             if kwargs.setdefault(name, 1) != 1:
                 raise InputError(
@@ -64,24 +68,39 @@ class AnsweringMixin:
         kwargs.setdefault("do_sample", False)
         out = self.generate(
             **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_hidden_states=True,
-            last_hidden_only=True, eos_token_id=processor.eos_id, pad_token_id=processor.pad_id, **kwargs,
+            last_hidden_only=not chosen.choose_states, eos_token_id=processor.eos_id,
+            pad_token_id=processor.pad_id, **kwargs,
         )  # fmt: skip
         ids = out.sequences[:, length:]  # (B, T)
+        if chosen.choose_states:
+            states = torch.cat([h[-1] for h in out.hidden_states], dim=1)  # (B, L + T - 1, D)
+            written = ids.masked_fill(_after_end(ids, processor.eos_id), -1)
+            rows, states = published_states(
+                inputs["input_ids"], written, states, self.config.tokens.seg, chosen
+            )
+            return Generation(ids, rows, states)
         states = torch.cat([h[-1] for h in out.hidden_states], dim=1)  # (B, T, D): state t predicts token t
         at = ids == self.config.tokens.seg  # (B, T); after the end of a row there is only padding
         return Generation(ids, at.nonzero()[:, 0], states[at])
 
     @torch.no_grad()
     def answer(
-        self, samples: Sequence[Sample], *, max_new_tokens: int = 64, seed: int | None = 0, **kwargs
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int = 64,
+        seed: int | None = 0,
+        compat: Any = None,
+        **kwargs,
     ) -> list[Answer]:
         """Answer a batch of samples (the last answer of each is None). A `<SEG>` gives a mask, and only that.
 
         seed: of the random numbers when `do_sample=True`; None draws from torch's generator as it stands,
-        which is otherwise left as it was. Raises InputError (see MedPLIBProcessor and
-        `generate_with_states`).
+        which is otherwise left as it was. compat: "official" draws as the published evaluation does, or name
+        some of its quirks, see medplib.official.compat.Quirks; None draws correctly. Raises InputError (see
+        MedPLIBProcessor and `generate_with_states`), UnknownNameError for an unknown quirk.
         """
-        processor = self._need_processor()
+        processor, chosen = self._need_processor(), quirks(compat)
         if self.training:
             raise InputError("The model is in training mode; call model.eval() before asking.")
         batch = processor(samples)
@@ -91,9 +110,11 @@ class AnsweringMixin:
             )
         batch.to(self.device, self.dtype)
         with _seeded(seed if kwargs.get("do_sample") else None, self.device):
-            generated = self.generate_with_states(batch, max_new_tokens=max_new_tokens, **kwargs)
+            generated = self.generate_with_states(
+                batch, max_new_tokens=max_new_tokens, compat=chosen, **kwargs
+            )
         drawn = self._draw_generated(batch, generated)
-        return [self._to_answer(i, s, batch, generated, drawn, seed) for i, s in enumerate(samples)]
+        return [self._to_answer(i, s, batch, generated, drawn, seed, chosen) for i, s in enumerate(samples)]
 
     def ask(
         self,
@@ -169,16 +190,17 @@ class AnsweringMixin:
         places = [len(batch.row_images[rows[i]]) - 1 for i in kept]
         return [(rows[i], at, logit) for i, at, logit in zip(kept, places, logits.float(), strict=True)]
 
-    def _to_answer(self, row, sample, batch, generated, drawn, seed) -> Answer:
+    def _to_answer(self, row, sample, batch, generated, drawn, seed, chosen: Quirks) -> Answer:
         text, _, labels = self.processor.decode(generated.ids[row])
         config = self.config.mask
-        cut = torch.tensor(config.threshold).logit().item()
+        cut = torch.tensor(THRESHOLD if chosen.threshold else config.threshold).logit().item()
+        geometry = "official" if chosen.crop else config.geometry
         question, pictures = sample.turns[-1][0], batch.row_images[row]
         findings = []
         for i, (_, at, logits) in enumerate(d for d in drawn if d[0] == row):
             box = batch.letterboxes[pictures[at]]
-            mask = masks_from_logits(logits[None], box, threshold=cut, geometry=config.geometry)[0]
-            label = labels[i] or _target_of(question) or f"finding {i + 1}"
+            mask = masks_from_logits(logits[None], box, threshold=cut, geometry=geometry)[0]
+            label = "".join(labels[i : i + 1]) or _target_of(question) or f"finding {i + 1}"
             findings.append(Finding(label, mask.cpu().numpy(), mask_score(logits, cut), at))
         images = [batch.images[i] for i in pictures]
         shown = sample.prompt_images or [0] * len(sample.prompts)
@@ -195,6 +217,12 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _after_end(ids: Tensor, end: int | None) -> Tensor:
+    """(B, T) -> True behind the first `end` of each row."""
+    over = torch.zeros_like(ids) if end is None else (ids == end).long()
+    return over.cumsum(1) - over > 0
 
 
 def _target_of(question: str) -> str:

@@ -60,6 +60,7 @@ class MoEConfig:
 
     `layers` are the indices of the decoder layers whose FFN becomes a mixture; None means all of them.
     The defaults are the published ones: two experts, top-1, raw softmax probability, dropless in evaluation.
+    The last five are arguments of MoERouter: limits to what an expert takes, and the published gating.
     """
 
     experts: list[str] = field(default_factory=lambda: ["grounding", "vqa"])
@@ -69,6 +70,11 @@ class MoEConfig:
     renormalize: bool = False
     gate: str = "topk"
     balance_loss_coef: float = 0.0
+    capacity_factor: float | None = None
+    eval_capacity_factor: float | None = None
+    min_capacity: int = 0
+    gate_args: dict = field(default_factory=dict)
+    parity: Literal["deepspeed"] | None = None
 
     def __post_init__(self):
         if not self.experts or len(set(self.experts)) != len(self.experts):
@@ -81,6 +87,7 @@ class MoEConfig:
                 f"got {self.top_k}."
             )
         _check_weight("moe.balance_loss_coef", self.balance_loss_coef)
+        _check_plain("moe.gate_args", self.gate_args)
 
 
 @strict

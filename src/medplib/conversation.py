@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from medplib.errors import InputError, UnknownNameError
 
@@ -28,6 +29,14 @@ class Piece:
     def learned(self) -> bool:
         """Whether the model is trained to write this piece."""
         return self.kind in ("assistant", "end")
+
+
+class Run(NamedTuple):
+    """A stretch of a prompt: text, or ids as they are. `control` text may hold control tokens."""
+
+    content: str | list[int]
+    control: bool = False
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,27 @@ def render(
         if answer is not None:
             pieces += [Piece(" " + answer.strip(), "assistant", True), Piece(template.end, "end", True)]
     return pieces
+
+
+# Fast tokenizers hold "treat control tokens as text" as a state of their own, which threads would share.
+_tokenizer_lock = threading.Lock()
+
+
+def encode_runs(tokenizer: Any, runs: Sequence[Run]) -> tuple[list[int], list[bool]]:
+    """The ids of a prompt, and for each whether it is learned: run by run, or in the tokenizer's own way."""
+    if hasattr(tokenizer, "encode_runs"):
+        return tokenizer.encode_runs(runs)
+    ids: list[int] = []
+    learned: list[bool] = []
+    for content, control, flag in runs:
+        if isinstance(content, str):
+            with _tokenizer_lock:
+                new = tokenizer.encode(content, add_special_tokens=False, split_special_tokens=not control)
+        else:
+            new = content
+        ids += new
+        learned += [flag] * len(new)
+    return ids, learned
 
 
 def check_turns(

@@ -7,7 +7,7 @@ import importlib.resources
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,18 @@ def resolve_model(name: str | Path) -> Path | str:
     return text
 
 
-def local_folder(name: str | Path, **hub_arguments) -> Path:
+def local_folder(name: str | Path, patterns: Sequence[str] = _HUB_FILES, **hub_arguments) -> Path:
     """The folder of a model; a Hub id is downloaded first (safetensors and text files only, no pickles).
 
-    hub_arguments: revision, token, cache_dir, force_download, local_files_only, and subfolder (of a folder,
-    too). Raises as `resolve_model`, and CheckpointError where the download fails.
+    patterns: the files to download. hub_arguments: revision, token, cache_dir, force_download,
+    local_files_only, and subfolder (of a folder, too). Raises as `resolve_model`, and CheckpointError where
+    the download fails.
     """
     subfolder = hub_arguments.pop("subfolder", None)
     source = resolve_model(name)
     if isinstance(source, str):
         try:
-            source = Path(snapshot_download(source, allow_patterns=list(_HUB_FILES), **hub_arguments))
+            source = Path(snapshot_download(source, allow_patterns=list(patterns), **hub_arguments))
         except Exception as error:  # the many ways in which a network can fail
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
@@ -127,21 +128,38 @@ class LoadingMixin:
         name_or_path: "medplib-tiny" (embedded, works offline), a folder, or a Hub id. Keyword arguments are
         those of transformers (dtype, device_map, ...). Half-precision weights are loaded as fp32 unless
         `dtype` is given, because CPUs compute slowly or not at all in fp16. The model is in evaluation mode.
+
+        The published layout of MedPLIB (and of LLaVA) is recognised by its config.json; see
+        medplib.checkpoints. For it there are `overrides`, the sizes that its configuration lacks ({"sam":
+        {...}, "clip": {...}}, by default the published ones), `clip`, a folder or Hub id of the CLIP tower
+        where the weights lack it, and `adapter`, a folder with a LoRA adapter to merge.
+
         Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
         weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
         configuration.
         """
+        from medplib import checkpoints
         from medplib.processing import MedPLIBProcessor
 
         hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
         folder = local_folder(name_or_path, **hub)
+        foreign = {k: kwargs.pop(k) for k in ("overrides", "clip", "adapter") if k in kwargs}
+        official = checkpoints.holds_official(folder)
+        if foreign and not official:
+            raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None)
-        if config is None:
+        if config is None and official:
+            settings = {k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)}
+            config = checkpoints.official_config(folder, foreign.pop("overrides", None), **settings)
+        elif config is None:
             config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
         elif not isinstance(config, MedPLIBConfig):
             raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
-        if kwargs.get("state_dict") is None and kwargs.get("variant") is None:
+        if official:
+            foreign.pop("overrides", None)
+            kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign)
+        elif kwargs.get("state_dict") is None and kwargs.get("variant") is None:
             _check_files(folder, config)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32 if config.dtype in (torch.float16, torch.float32) else "auto"
@@ -151,10 +169,13 @@ class LoadingMixin:
             "local_files_only": True,
             "config": config,
         }
+        if official and kwargs.get("dtype") == "auto":
+            kwargs["dtype"] = config.dtype
         kwargs["ignore_mismatched_sizes"] = True  # for their names; _check_loaded refuses them
         try:
             with _quiet():
-                model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+                place = None if official else folder  # transformers takes a folder or a state dict
+                model, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         except (MedPLIBError, ImportError):
             raise
         except Exception as error:  # transformers has no type of its own for what is wrong with a checkpoint

@@ -88,7 +88,9 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             m = config.moe
             install_mixtures(
                 self.language_model, config.moe_layers, m.experts, top_k=m.top_k, score=m.score,
-                renormalize=m.renormalize, gate=m.gate,
+                renormalize=m.renormalize, gate=m.gate, gate_args=m.gate_args, parity=m.parity,
+                capacity_factor=m.capacity_factor, eval_capacity_factor=m.eval_capacity_factor,
+                min_capacity=m.min_capacity,
             )  # fmt: skip
         vision, mask = config.vision, config.mask
         self.vision_tower = VISION_TOWERS.build(vision.tower.name, **vision.tower.args)

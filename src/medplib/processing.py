@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,20 +25,21 @@ from medplib.conversation import (
     REGION,
     SEG,
     Piece,
+    Run,
     check_turns,
+    encode_runs,
     get_template,
     render,
 )
 from medplib.errors import CheckpointError, InputError
 from medplib.geometry import Letterbox
 from medplib.io.images import load_image
+from medplib.official.tokenizer import MODEL_FILE, LegacyLlamaTokenizer
 from medplib.preprocess import prepare_clip, prepare_sam
 from medplib.prompts.region import region_mask_to_grid
 from medplib.prompts.types import Box, Mask, Point
 
 PROCESSOR_FILE = "medplib_processor.json"
-# Fast tokenizers hold "treat control tokens as text" as a state of their own, which threads would share.
-_tokenizer_lock = threading.Lock()
 
 
 @dataclass
@@ -184,10 +184,11 @@ class MedPLIBProcessor:
         ids, labels = [], []
         if self.tokenizer.bos_token_id is not None:
             ids, labels = [self.tokenizer.bos_token_id], [-100]
-        for piece in render(self.template, sample.turns, len(sample.images), regions):
-            new = self._piece_ids(piece)
-            ids += new
-            labels += new if piece.learned and training else [-100] * len(new)
+        pieces = render(self.template, sample.turns, len(sample.images), regions)
+        runs = [Run(self._fixed_ids(p) or p.text, p.control, p.learned and training) for p in pieces]
+        new, learned = encode_runs(self.tokenizer, runs)
+        ids += new
+        labels += [i if flag else -100 for i, flag in zip(new, learned, strict=True)]
         return ids, labels
 
     def decode(self, ids: Sequence[int]) -> tuple[str, str, list[str]]:
@@ -278,7 +279,8 @@ class MedPLIBProcessor:
                     raise InputError(f"A prompt must be a Point, Box or Mask, got {type(prompt).__name__}.")
                 prompt.check(arrays[self._prompt_image(sample, i, row)].shape[:2])
 
-    def _piece_ids(self, piece: Piece) -> list[int]:
+    def _fixed_ids(self, piece: Piece) -> list[int] | None:
+        """The ids of placeholders and of the end; None for text."""
         tokens = self.config.tokens
         if piece.kind == "image" and piece.text == "<image>":
             return [tokens.image] * self.num_image_tokens
@@ -286,10 +288,7 @@ class MedPLIBProcessor:
             return [tokens.region]
         if piece.kind == "end" and self.eos_id is not None:
             return [self.eos_id]
-        with _tokenizer_lock:
-            return self.tokenizer.encode(
-                piece.text, add_special_tokens=False, split_special_tokens=not piece.control
-            )
+        return None
 
     def _pad(self, rows: list[tuple[list[int], list[int]]], training: bool) -> dict[str, Tensor]:
         length = max(len(ids) for ids, _ in rows)
@@ -357,6 +356,8 @@ class MedPLIBProcessor:
 
 def _load_tokenizer(folder: Path | str, config: MedPLIBConfig):
     """The tokenizer in a folder, no code of its own run. Raises CheckpointError."""
+    if (Path(folder) / MODEL_FILE).is_file():  # only the published layout has one
+        return LegacyLlamaTokenizer.from_pretrained(folder)
     try:
         return AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True

@@ -16,7 +16,7 @@ LUNGS = ("left lung", "right lung")
 def take_out(
     image: np.ndarray, masks: np.ndarray, names: Sequence[str], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """image uint8 (H, W, 3), masks bool (M, H, W), names (M) -> the same without one or two of the structures.
+    """image uint8 (H, W, 3), masks bool (M, H, W), names (M) -> the same without one or two structures.
 
     A lung of a CT is filled with the body's own soft tissue, sometimes with a bubble of gas left in it, as in
     a slice through the abdomen. Any other structure that covers less than a quarter of the image is cropped

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
+from medplib.errors import InputError
 from medplib.experts.gate import Routing, gather_or_zero
 
 DROPS = ("position", "probability", "random")
@@ -31,7 +32,8 @@ def limit(
     elif drop == "probability":
         served = keep_best(experts, gather_or_zero(routing.probabilities, experts), num_experts, capacity)
     else:
-        assert noise is not None
+        if noise is None:
+            raise InputError("drop='random' needs `noise`, a module such as KeyedNoise.")
         noise.advance()
         served = keep_best(experts, noise.uniform(experts.shape, experts.device), num_experts, capacity)
     return dataclasses.replace(routing, served=served)

@@ -1,4 +1,4 @@
-"""What surrounds a router's forward: the padding mask, a forced expert, and who is listening.
+"""What surrounds a router's forward: the padding mask, who chooses for the gate, and who is listening.
 
 All three are set by `with` blocks and held per thread, so models run in parallel do not see each other's. A
 block of a network calls its feed-forward part with one tensor only; this is how the rest reaches a router
@@ -7,7 +7,7 @@ that took its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from medplib.experts.router import MoERouter, Routing
 
 _mask: ContextVar[Tensor | None] = ContextVar("medplib_routing_mask", default=None)
-_forced: ContextVar[dict[int, int]] = ContextVar("medplib_forced_expert")
+_sources: ContextVar[dict[int, Callable[[], Choice]]] = ContextVar("medplib_forced_choices")
 _observers: ContextVar[tuple[Observer, ...]] = ContextVar("medplib_routing_observers", default=())
+
+
+class Choice(Protocol):
+    """What makes a routing of another one; see `choices_from`."""
+
+    def __call__(
+        self, router: MoERouter, routing: Routing, shape: torch.Size, kept: Tensor | None
+    ) -> Routing:
+        """The routing to be used in place of the gate's; `shape` and `kept` as an Observer gets them."""
 
 
 class Observer(Protocol):
@@ -59,23 +68,16 @@ def routing_mask(mask: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def force_expert(model: nn.Module, name: str) -> Iterator[None]:
-    """Send every token of every MoERouter in `model` to the expert called `name`.
+def choices_from(sources: dict[int, Callable[[], Choice]]) -> Iterator[None]:
+    """Let `sources`, by the id of their router, choose the experts instead of the gates.
 
-    The weight is that expert's own probability, as the gate gives it, whether or not it is the best one: what
-    the token would have had, had the gate chosen so. Meant for ablations and oracle routing.
+    A source is asked once per forward. Of nested blocks the innermost that knows the router is asked.
     """
-    routers = named_routers(model)
-    if not routers:
-        raise InputError(f"There is no MoERouter in this {type(model).__name__}, so no expert can be forced.")
-    forced = dict(_forced.get({}))
-    for router in routers.values():
-        forced[id(router)] = router.index_of(name)
-    token = _forced.set(forced)
+    token = _sources.set({**_sources.get({}), **sources})
     try:
         yield
     finally:
-        _forced.reset(token)
+        _sources.reset(token)
 
 
 @contextmanager
@@ -93,9 +95,10 @@ def current_mask() -> Tensor | None:
     return _mask.get()
 
 
-def forced_index(router: MoERouter) -> int | None:
-    """The expert that the innermost `force_expert` names for this router."""
-    return _forced.get({}).get(id(router))
+def forced_choice(router: MoERouter) -> Choice | None:
+    """What chooses the experts of this forward of the router instead of its gate, if anything."""
+    source = _sources.get({}).get(id(router))
+    return None if source is None else source()
 
 
 def tell_observers(router: MoERouter, routing: Routing, shape: torch.Size, kept: Tensor | None) -> None:

@@ -4,11 +4,11 @@ T tokens, D width, E experts, K experts per token (1 or 2).
 
     router = MoERouter(512, experts, parity="deepspeed", capacity_factor=1.5, eval_capacity_factor=2.0)
 
-What differs from this package's own rules: a capacity also in evaluation; with K = 1 a full expert keeps tokens
-at random (also in evaluation) or, without random selection, those that torch.topk finds first on a CPU, which is
-not the order of the tokens; with K = 2 the capacity is doubled, the second expert is drawn with Gumbel noise
-(also in evaluation) and the weights are renormalised over the experts that were not full. Padding counts as tokens.
-Checked against recorded runs; see tests/parity/test_moe.py.
+What differs from this package's own rules: a capacity also in evaluation; with K = 1 a full expert keeps
+tokens at random (also in evaluation) or, without random selection, those that torch.topk finds first on a
+CPU, which is not the order of the tokens; with K = 2 the capacity is doubled, the second expert is drawn with
+Gumbel noise (also in evaluation) and the weights are renormalised over the experts that were not full.
+Padding counts as tokens. Checked against recorded runs in tests/parity/test_moe.py.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class DeepSpeedGate(nn.Module):
             raise InputError(f"The published gating knows top_k 1 and 2, got {top_k}.")
         if score != "softmax" or renormalize:
             raise InputError(
-                f"The published gating has score='softmax' and renormalize=False (top-2 always renormalises); "
-                f"got score={score!r}, renormalize={renormalize!r}."
+                f"The published gating has score='softmax' and renormalize=False (its top-2 renormalises "
+                f"by itself); got score={score!r}, renormalize={renormalize!r}."
             )
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
@@ -114,8 +114,8 @@ def published_top1(
     experts = ops.choose_top_k(probabilities, 1)  # (T, 1)
     if num_tokens < min_capacity:
         raise InputError(
-            f"{num_tokens} tokens are fewer than min_capacity {min_capacity}, which the published top-1 gating "
-            f"refuses; use min_capacity=0 (decoding gives one token at a time) or more tokens."
+            f"{num_tokens} tokens are fewer than min_capacity {min_capacity}, which the published top-1 "
+            f"gating refuses; use min_capacity=0 (decoding gives one token at a time) or more tokens."
         )
     served = experts
     if capacity_factor is not None and num_tokens:
@@ -123,8 +123,8 @@ def published_top1(
         if capacity > num_tokens:
             raise InputError(
                 f"The capacity {capacity} is above the number of tokens {num_tokens}, which the published "
-                f"top-1 gating refuses; use a capacity factor of at most {num_experts} (the number of experts), "
-                f"got {capacity_factor}."
+                f"top-1 gating refuses; use a capacity factor of at most {num_experts} (the number of "
+                f"experts), got {capacity_factor}."
             )
         chosen = F.one_hot(experts[:, 0], num_experts)  # (T, E)
         if chance is None:
@@ -139,7 +139,7 @@ def published_top1(
 def published_top2(
     logits: Tensor, capacity_factor: float | None, min_capacity: int = 0, gumbel: Tensor | None = None
 ) -> Routing:
-    """Route logits (T, E) to the best expert and a second one; first come, first served, first choices before.
+    """Route logits (T, E) to the best expert and a second one; first choices are served first, then in order.
 
     capacity_factor  is doubled; None drops nothing
     gumbel (T, E)    what is added to the logits before the second expert is chosen; None adds nothing

@@ -6,13 +6,16 @@ T tokens, D width, E experts, K experts per token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from medplib import ops
 from medplib.errors import InputError
+from medplib.experts.bias import LoadBias
+from medplib.experts.noise import KeyedNoise
+from medplib.experts.selection import NOISE_SCALES, check_selection, in_best_groups, perturb, spread
 
 SCORES = ("softmax", "sigmoid")
 
@@ -38,8 +41,16 @@ class TopKGate(nn.Module):
 
         TopKGate(512, num_experts=4, top_k=2)(torch.randn(10, 512)).experts.shape  # (10, 2)
 
-    With `renormalize` the K weights of a token sum to 1. For K = 1 that is refused: the weight would be the
-    constant 1 and the gate would never receive a gradient.
+    score          "softmax" over all experts, or "sigmoid" per expert
+    renormalize    divide the K weights of a token by their sum. For K = 1 that is refused: the weight would
+                   be the constant 1 and the gate would never receive a gradient.
+    scale          what all weights are multiplied with
+    groups, top_groups, group_best   choose only among the experts of a token's best groups; see selection.py
+    bias_rate, bias_update   balance the load by a bias instead of a loss; see bias.py. Not for the weights.
+    noise, noise_scale   in training only: "jitter" (the gate's input times 1 +- scale), "multiplicative" (the
+                   logits times 1 +- scale) or "gumbel" (scale * Gumbel added to the logits). The last two
+                   change the choice alone: weights and losses are those of the clean logits.
+    seed           key of the noise, which comes from a hash and not from torch's generators
     """
 
     def __init__(
@@ -49,6 +60,16 @@ class TopKGate(nn.Module):
         top_k: int = 1,
         score: str = "softmax",
         renormalize: bool = False,
+        *,
+        scale: float = 1.0,
+        groups: int = 1,
+        top_groups: int | None = None,
+        group_best: int = 1,
+        bias_rate: float | None = None,
+        bias_update: str = "forward",
+        noise: str | None = None,
+        noise_scale: float | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         check_gate(num_experts, top_k)
@@ -59,9 +80,15 @@ class TopKGate(nn.Module):
                 "renormalize=True with top_k=1 makes every weight exactly 1, so the gate gets zero gradient "
                 "and never learns. Use renormalize=False, or top_k of at least 2."
             )
+        check_selection(num_experts, top_k, groups, top_groups, group_best, noise, noise_scale)
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
-        self.score, self.renormalize = score, renormalize
+        self.score, self.renormalize, self.scale = score, renormalize, scale
+        self.groups, self.top_groups, self.group_best = groups, top_groups or groups, group_best
+        self.noise = noise
+        self.noise_scale = NOISE_SCALES.get(noise, 0.0) if noise_scale is None else noise_scale
         self.weight = gate_weight(dim, num_experts)
+        self.bias = None if bias_rate is None else LoadBias(num_experts, bias_rate, bias_update)
+        self.draws = None if noise is None else KeyedNoise(seed)
 
     def reset_parameters(self) -> None:
         """Draw the weight as nn.Linear does: uniform within 1 / sqrt(D)."""
@@ -69,8 +96,44 @@ class TopKGate(nn.Module):
 
     def forward(self, tokens: Tensor) -> Routing:
         """tokens (T, D) -> Routing of T tokens."""
+        noise = self.noise if self.training else None
+        if noise is not None:
+            self.draws.advance()  # type: ignore[union-attr]
+        if noise == "jitter":
+            tokens = tokens * spread(self.draws, tokens.shape, self.noise_scale, tokens)
         logits = ops.gate_logits(tokens, self.weight)  # (T, E)
-        return Routing(logits, *ops.route(logits, self.top_k, self.score, self.renormalize))
+        if noise in (None, "jitter") and self.bias is None and self.groups == 1:
+            routing = Routing(logits, *ops.route(logits, self.top_k, self.score, self.renormalize))
+            return routing if self.scale == 1 else replace(routing, weights=routing.weights * self.scale)
+        experts = self._choose(perturb(logits, noise, self.noise_scale, self.draws))  # (T, K)
+        probabilities = self._scores(logits)  # (T, E)
+        return Routing(logits, probabilities, experts, self.weigh(probabilities, experts))
+
+    def weigh(self, probabilities: Tensor, experts: Tensor, served: Tensor | None = None) -> Tensor:
+        """The weights (T, K) of a given choice: probabilities (T, E), experts (T, K)."""
+        weights = gather_or_zero(probabilities, experts)  # (T, K)
+        if self.renormalize and experts.shape[1] > 1:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights if self.scale == 1 else weights * self.scale
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1) if self.score == "softmax" else logits.sigmoid()
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        """The K experts of each token, by logits (T, E) that may carry noise: (T, K)."""
+        chosen_by = logits
+        if self.bias is not None:
+            if self.training:
+                self.bias.begin()
+            chosen_by = self._scores(logits) + self.bias()  # (T, E)
+        if self.groups > 1:
+            scores = chosen_by if self.bias is not None else self._scores(logits)
+            allowed = in_best_groups(scores, self.groups, self.top_groups, self.group_best)
+            chosen_by = chosen_by.masked_fill(~allowed, float("-inf"))
+        experts = ops.choose_top_k(chosen_by, self.top_k)  # (T, K)
+        if self.bias is not None and self.training:
+            self.bias.count(experts)
+        return experts
 
     def extra_repr(self) -> str:
         return (

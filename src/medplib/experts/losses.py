@@ -1,6 +1,6 @@
-"""Auxiliary losses of a mixture: load balance (Switch) and router z-loss, collected around a forward.
+"""Auxiliary losses of a mixture: load balance over all tokens or per sequence, and z-loss.
 
-T tokens, E experts, K experts per token.
+T tokens, E experts, K experts per token, B sequences.
 
     with collect_aux_losses(model) as aux:
         loss = task_loss(model(x))
@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,16 +29,38 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
 
     probabilities (T, E), experts (T, K) -> scalar. The share has no gradient. Sigmoid scores are first
     divided by their sum per token. Fedus et al., Switch Transformers, 2021, equation 4; with K > 1 all
-    choices count equally.
+    choices count equally. An index of E in `experts` means no expert and is not counted.
     """
     num_experts = probabilities.shape[-1]
     if not len(probabilities):
         return probabilities.sum()  # 0, with a gradient
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # (T, E)
-    share = (
-        torch.bincount(experts.reshape(-1), minlength=num_experts).to(probabilities) / experts.numel()
-    )  # (E,)
+    counts = torch.bincount(experts.reshape(-1), minlength=num_experts + 1)[:num_experts]  # (E,)
+    share = counts.to(probabilities) / counts.sum().clamp_min(1)
     return num_experts * (probabilities.mean(dim=0) * share).sum()
+
+
+def sequence_balance_loss(
+    probabilities: Tensor, experts: Tensor, sequences: Tensor, num_sequences: int
+) -> Tensor:
+    """The balance loss of each sequence by itself, averaged over the sequences that have tokens.
+
+    probabilities (T, E), experts (T, K), sequences (T,) the sequence (0 to B-1) of each token -> scalar. It
+    keeps single sequences from going to one expert, which the loss over a batch does not notice.
+    DeepSeek-V3, 2024, equations 17 to 20.
+    """
+    num_experts = probabilities.shape[-1]
+    if not len(probabilities):
+        return probabilities.sum()
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # (T, E)
+    bins = (sequences[:, None] * (num_experts + 1) + experts).reshape(-1)  # (T*K,)
+    counts = torch.bincount(bins, minlength=num_sequences * (num_experts + 1))
+    counts = counts.view(num_sequences, num_experts + 1)[:, :num_experts].to(probabilities)  # (B, E)
+    share = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    lengths = torch.bincount(sequences, minlength=num_sequences).to(probabilities)  # (B,)
+    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequences, probabilities)
+    means = sums / lengths.clamp_min(1)[:, None]  # (B, E)
+    return num_experts * (means * share).sum() / (lengths > 0).sum()
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -50,13 +73,56 @@ def z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(dim=-1).square().mean()
 
 
+@dataclass(frozen=True)
+class Heard:
+    """One forward of one router: its losses."""
+
+    name: str
+    router: MoERouter
+    routing: Routing
+    shape: torch.Size
+    kept: Tensor | None
+
+    def balance(self) -> Tensor:
+        """The balance loss, of first choices alone where the gate was published so."""
+        experts = self.routing.experts
+        if getattr(self.router.gate, "balances_first_choice", False):
+            experts = experts[:, :1]
+        return balance_loss(self.routing.probabilities, experts)
+
+    def sequence(self) -> Tensor:
+        """The balance loss per sequence; the last of the token dimensions is the sequence."""
+        length = self.shape[-1] if self.shape else 1
+        places = self.kept
+        if places is None:
+            places = torch.arange(self.shape.numel(), device=self.routing.experts.device)
+        sequences = places // max(length, 1)  # (T,)
+        count = self.shape[:-1].numel()
+        return sequence_balance_loss(self.routing.probabilities, self.routing.experts, sequences, count)
+
+    def z(self) -> Tensor:
+        """The z-loss."""
+        return z_loss(self.routing.logits)
+
+    def total(self) -> Tensor:
+        """The sum, each multiplied by the router's coefficient."""
+        loss = self.routing.logits.new_zeros(())
+        if self.router.balance_loss_coef:
+            loss = loss + self.router.balance_loss_coef * self.balance()
+        if self.router.sequence_loss_coef:
+            loss = loss + self.router.sequence_loss_coef * self.sequence()
+        if self.router.z_loss_coef:
+            loss = loss + self.router.z_loss_coef * self.z()
+        return loss
+
+
 class AuxLosses:
     """The losses of every router forward that was listened to; see `collect_aux_losses`."""
 
     def __init__(self, routers: dict[str, MoERouter]) -> None:
         self._names = {id(router): name or "router" for name, router in routers.items()}
         self._grad_enabled = torch.is_grad_enabled()
-        self._heard: list[tuple[str, MoERouter, Routing]] = []
+        self._heard: list[Heard] = []
 
     def receive(self, router: MoERouter, routing: Routing, shape: torch.Size, kept: Tensor | None) -> None:
         """Keep what a router decided (called by the router)."""
@@ -69,41 +135,36 @@ class AuxLosses:
                 f"nothing. If this is gradient checkpointing, use use_reentrant=False.",
                 stacklevel=2,
             )
-        self._heard.append((name, router, routing))
+        self._heard.append(Heard(name, router, routing, shape, kept))
 
     def balance(self) -> Tensor:
         """Sum over layers (and calls) of the balance loss, without coefficients."""
-        return self._sum(lambda router, routing: balance_loss(routing.probabilities, routing.experts))
+        return self._sum(Heard.balance)
+
+    def sequence(self) -> Tensor:
+        """Sum over layers (and calls) of the balance loss per sequence, without coefficients."""
+        return self._sum(Heard.sequence)
 
     def z(self) -> Tensor:
         """Sum over layers (and calls) of the z-loss, without coefficients."""
-        return self._sum(lambda router, routing: z_loss(routing.logits))
+        return self._sum(Heard.z)
 
     def total(self) -> Tensor:
-        """Sum of both, each multiplied by its router's `balance_loss_coef` and `z_loss_coef`."""
-
-        def weighted(router: MoERouter, routing: Routing) -> Tensor:
-            loss = routing.logits.new_zeros(())
-            if router.balance_loss_coef:
-                loss = loss + router.balance_loss_coef * balance_loss(routing.probabilities, routing.experts)
-            if router.z_loss_coef:
-                loss = loss + router.z_loss_coef * z_loss(routing.logits)
-            return loss
-
-        return self._sum(weighted)
+        """Sum of all, each multiplied by its router's `..._loss_coef`."""
+        return self._sum(Heard.total)
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Mean of each loss per layer, as numbers for a log."""
         table: dict[str, list[Tensor]] = {}
         with torch.no_grad():
-            for name, _, routing in self._heard:
-                pair = [balance_loss(routing.probabilities, routing.experts), z_loss(routing.logits)]
-                table.setdefault(name, []).append(torch.stack(pair))
-        means = {name: torch.stack(pairs).mean(dim=0).tolist() for name, pairs in table.items()}
-        return {name: {"balance": balance, "z": z} for name, (balance, z) in means.items()}
+            for heard in self._heard:
+                losses = [heard.balance(), heard.sequence(), heard.z()]
+                table.setdefault(heard.name, []).append(torch.stack(losses))
+        means = {name: torch.stack(losses).mean(dim=0).tolist() for name, losses in table.items()}
+        return {name: dict(zip(("balance", "sequence", "z"), m, strict=True)) for name, m in means.items()}
 
-    def _sum(self, loss: Callable[[MoERouter, Routing], Tensor]) -> Tensor:
-        terms = [loss(router, routing) for _, router, routing in self._heard]
+    def _sum(self, loss: Callable[[Heard], Tensor]) -> Tensor:
+        terms = [loss(heard) for heard in self._heard]
         if not terms:
             return torch.zeros(())
         device = terms[-1].device  # layers may lie on several devices

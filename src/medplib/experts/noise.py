@@ -4,9 +4,9 @@
     noise.advance()                      # once per forward
     noise.uniform((3, 4), device="cpu")  # (3, 4) float32, above 0 and below 1
 
-The global random generators are neither used nor moved. Each number is the SplitMix64 hash (Steele et al., 2014)
-of the key, the count of draws and its place in the tensor, so nothing but the count has to be kept for a run to
-be continued, and a GPU draws what a CPU draws.
+The global random generators are neither used nor moved. Each number is the SplitMix64 hash (Steele et al.,
+2014) of the key, the count of draws and its place in the tensor. So a GPU draws what a CPU draws, and a run
+is continued from the key and the count alone.
 """
 
 from __future__ import annotations

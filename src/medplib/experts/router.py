@@ -1,6 +1,6 @@
 """The mixture of experts: MoERouter owns a gate and named experts and stands where a feed-forward block can.
 
-T tokens, D width, E experts, K experts per token.
+T tokens, D width, E experts, K experts per token, R rows given to experts.
 
     router = MoERouter(512, experts={"grounding": a, "vqa": b}, top_k=1)
     router(torch.randn(2, 7, 512)).shape  # (2, 7, 512)
@@ -13,24 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from medplib import ops
 from medplib.errors import InputError
+from medplib.experts.capacity import DROPS, limit
+from medplib.experts.checks import check_routing, expert_names, run_expert, token_positions
 from medplib.experts.context import (
+    Choice,
     current_mask,
-    force_expert,
-    forced_index,
+    forced_choice,
     is_recomputation,
     routing_mask,
     tell_observers,
     unknown_expert,
 )
+from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
+from medplib.experts.noise import KeyedNoise
+from medplib.experts.packing import pack_experts, packed_views
 from medplib.registry import EXPERTS, GATES
+
+if TYPE_CHECKING:
+    from medplib.experts.cost import CostReport
 
 __all__ = ["MoERouter", "Routing", "TopKGate", "force_expert", "routing_mask"]
 
@@ -43,9 +51,16 @@ class MoERouter(nn.Module):
     expert         name in the registry EXPERTS, with `hidden_dim` (default 4 * dim)
     top_k, score, renormalize   how the gate chooses and weighs; see TopKGate
     gate           name in the registry GATES, or a module: tokens (T, D) -> Routing
+    gate_args      further arguments of a gate found by name, such as {"groups": 4}; see TopKGate
     capacity_factor  None (default): every token is served. A number: in training, an expert takes at most
-                   ceil(T / E * factor) tokens and later ones get 0 from it. Never applied in eval mode.
-    balance_loss_coef, z_loss_coef   what `collect_aux_losses(model).total()` multiplies the losses with
+                   ceil(T / E * factor) tokens, but no fewer than `min_capacity`, and the others get 0 from it
+    eval_capacity_factor   the same in eval mode
+    drop           whom a full expert drops: "position" (later tokens), "probability" (less probable ones) or
+                   "random" (by a hash of `seed`, the step and the place, not by torch's generators)
+    parity         "deepspeed": the published gating exactly, capacities, random drops and padding included;
+                   see medplib.experts.deepspeed
+    balance_loss_coef, sequence_loss_coef, z_loss_coef   what `collect_aux_losses(model).total()` multiplies
+                   the losses with
 
     Each expert runs once, on the rows chosen for it and no others: T * K rows in all, no padding; an expert
     that nobody chose does not run. (Under DistributedDataParallel use find_unused_parameters=True for that
@@ -63,32 +78,54 @@ class MoERouter(nn.Module):
         score: str = "softmax",
         renormalize: bool = False,
         gate: str | nn.Module = "topk",
+        gate_args: Mapping[str, Any] | None = None,
         capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        min_capacity: int = 0,
+        drop: str = "position",
+        seed: int | None = None,
+        parity: str | None = None,
         balance_loss_coef: float = 0.0,
+        sequence_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
     ) -> None:
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim must be a whole number of at least 1, got {dim!r}.")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise InputError(
-                f"capacity_factor must be above 0, or None to serve all; got {capacity_factor!r}."
-            )
-        names = _expert_names(experts)
+        _check_capacity(capacity_factor, eval_capacity_factor, min_capacity, drop)
+        names = expert_names(experts)
+        gate_args = dict(gate_args or {})
+        if parity is not None:
+            _check_parity(parity, gate)
+            gate = "deepspeed"
+            gate_args = {
+                "capacity_factor": capacity_factor,
+                "eval_capacity_factor": eval_capacity_factor,
+                "min_capacity": min_capacity,
+                "seed": seed,
+                **gate_args,
+            }
         if isinstance(gate, str):
-            gate = GATES.build(gate, dim, len(names), top_k=top_k, score=score, renormalize=renormalize)
+            gate = GATES.build(
+                gate, dim, len(names), top_k=top_k, score=score, renormalize=renormalize, **gate_args
+            )
+        elif gate_args:
+            raise InputError(f"gate_args go to a gate found by name; this one is a {type(gate).__name__}.")
         if not isinstance(experts, Mapping):
             hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
             experts = {name: EXPERTS.build(expert, dim, hidden_dim) for name in names}
-        self.dim = dim
-        self.capacity_factor = capacity_factor
-        self.balance_loss_coef, self.z_loss_coef = balance_loss_coef, z_loss_coef
+        self.dim, self.parity = dim, parity
+        self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
+        self.min_capacity, self.drop = min_capacity, drop
+        self.balance_loss_coef, self.sequence_loss_coef = balance_loss_coef, sequence_loss_coef
+        self.z_loss_coef = z_loss_coef
         self.gate = gate
         self.experts = nn.ModuleDict(experts)
-        self._replay: tuple[Tensor | None, int | None] = (
-            None,
-            None,
-        )  # mask, forced expert; see _surroundings
+        self._pack = False
+        limited = capacity_factor is not None or eval_capacity_factor is not None
+        self.drop_noise = KeyedNoise(seed) if drop == "random" and limited and parity is None else None
+        # What surrounded the latest forward: the mask and a forced choice; see _surroundings.
+        self._latest: tuple[Tensor | None, Choice | None] = (None, None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,68 +144,132 @@ class MoERouter(nn.Module):
         return self.names.index(name)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (..., D), mask (...) True for real tokens -> (..., D), 0 where the mask is False."""
+        """x (..., D), mask (...) True for real tokens -> (..., D), 0 where the mask is False.
+
+        With parity="deepspeed" padding is routed like any token, as published: a surrounding `routing_mask`
+        is not looked at, and a mask given here is refused.
+        """
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise InputError(f"MoERouter of width {self.dim} got a tensor of shape {tuple(x.shape)}.")
-        mask, forced = self._surroundings(mask)
+        if self.parity is not None and mask is not None:
+            raise InputError(f"parity={self.parity!r} routes padding too, as published; give no mask.")
+        mask, choice = self._surroundings(mask)
         tokens = x.reshape(-1, self.dim)  # (all tokens, D)
-        kept = None if mask is None else _positions(mask, x.shape[:-1], x.device)  # (T,)
-        out = self._mix(tokens if kept is None else tokens.index_select(0, kept), forced, x.shape[:-1], kept)
+        kept = None if mask is None else token_positions(mask, x.shape[:-1], x.device)  # (T,)
+        out = self._mix(tokens if kept is None else tokens.index_select(0, kept), choice, x.shape[:-1], kept)
         if kept is not None:
             out = out.new_zeros(tokens.shape).index_copy(0, kept, out)  # (all tokens, D)
         return out.view(x.shape)
 
-    def _mix(self, tokens: Tensor, forced: int | None, shape: torch.Size, kept: Tensor | None) -> Tensor:
-        """tokens (T, D) -> (T, D), all of them routed."""
+    def _route(
+        self, tokens: Tensor, choice: Choice | None, shape: torch.Size, kept: Tensor | None
+    ) -> Routing:
+        """What is decided for tokens (T, D): by the gate, then a forced choice, then the capacity."""
         routing = self.gate(tokens)
-        if forced is not None:
-            routing = _force(routing, forced)
-        _check_routing(routing, len(tokens), self.num_experts, self.gate)
+        check_routing(routing, len(tokens), self.num_experts, self.gate)
+        if choice is not None:
+            routing = choice(self, routing, shape, kept)
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        if factor is None or routing.served is not None or self.parity is not None:
+            return routing
+        capacity = max(ops.capacity_of(len(tokens), self.num_experts, factor), self.min_capacity)
+        return limit(routing, self.num_experts, capacity, self.drop, self.drop_noise)
+
+    def _mix(self, tokens: Tensor, choice: Choice | None, shape: torch.Size, kept: Tensor | None) -> Tensor:
+        """tokens (T, D) -> (T, D), all of them routed."""
+        routing = self._route(tokens, choice, shape, kept)
         tell_observers(self, routing, shape, kept)
-        experts, k = routing.experts, routing.experts.shape[1]  # (T, K)
-        if self.training and self.capacity_factor is not None:
-            capacity = ops.capacity_of(len(tokens), self.num_experts, self.capacity_factor)
-            experts = ops.drop_overflow(experts, self.num_experts, capacity)  # (T, K)
+        experts = routing.experts if routing.served is None else routing.served  # (T, K)
         order, counts = ops.sort_by_expert(experts, self.num_experts)  # (R,), (E,)
-        rows = ops.permute(tokens, order, k)  # (R, D)
+        rows = ops.permute(tokens, order, experts.shape[1])  # (R, D)
         answers = []
         for name, part in zip(self.names, rows.split(counts.tolist()), strict=True):
             if len(part):
-                answers.append(_run(self.experts[name], part, name))
+                answers.append(run_expert(self.experts[name], part, name))
         if not answers:
             return torch.zeros_like(tokens)
         return ops.combine(torch.cat(answers), order, routing.weights)  # (T, D)
 
-    def _surroundings(self, mask: Tensor | None) -> tuple[Tensor | None, int | None]:
-        """The mask and the forced expert of this forward.
+    def _surroundings(self, mask: Tensor | None) -> tuple[Tensor | None, Choice | None]:
+        """The mask and the forced choice of this forward.
 
         Gradient checkpointing repeats a forward during `backward`, when the `with` blocks around it have
         ended; so they are remembered from the forward itself.
         """
         if is_recomputation():
-            outer, forced = self._replay
+            outer, choice = self._latest
         else:
-            outer, forced = current_mask(), forced_index(self)
+            outer, choice = current_mask(), forced_choice(self)
+            if self.parity is not None:
+                outer = None
             if self.training or torch.is_grad_enabled():
-                self._replay = (outer, forced)
-        return (outer if mask is None else mask), forced
+                self._latest = (outer, choice)
+        return (outer if mask is None else mask), choice
+
+    def init_expert(self, name: str, source: str | nn.Module) -> None:
+        """Copy the weights of another expert, by name, or of a dense FFN into the expert called `name`."""
+        from medplib.experts.upcycle import init_expert
+
+        init_expert(self, name, source)
+
+    def cost_report(self, x: Tensor, mask: Tensor | None = None) -> CostReport:
+        """Run x (..., D) once without gradients and count rows, operations and bytes; print it."""
+        from medplib.experts.cost import measure_cost
+
+        with torch.no_grad(), measure_cost(self) as report:
+            self(x, mask)
+        return report
+
+    def pack(self) -> None:
+        """Lay the weights of equal experts side by side in memory; parameters, names and training stay.
+
+        They stay packed through .to(), .half(), deepcopy, torch.save, load_state_dict and LoRA; after
+        from_pretrained or fully_shard they are apart, and `packed_weights` says so by None. See
+        medplib.experts.packing. Raises InputError for experts that differ, before anything changes.
+        """
+        pack_experts(self)
+        self._pack = True
+
+    def packed_weights(self) -> dict[str, Tensor] | None:
+        """The packed weights, (E, ...) each, without gradient and without a copy; None if they lie apart.
+
+        {"gate_up_proj.weight": (E, 2 * H, D), "down_proj.weight": (E, D, H)} for SwiGLU experts. Of a layer
+        with LoRA it is the base weight.
+        """
+        return packed_views(self) if self._pack else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MoERouter:
+        """Move or cast everything (called by .to() and the like), and pack again what was packed."""
+        packed = self.packed_weights() is not None
+        super()._apply(fn, recurse)
+        if packed and not any(parameter.is_meta for parameter in self.parameters()):
+            pack_experts(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copied or loaded: pack again what was packed."""
+        super().__setstate__(state)
+        if self._pack and packed_views(self) is None:
+            pack_experts(self)
 
     def force(self, name: str) -> AbstractContextManager[None]:
         """`with router.force("vqa"):` sends every token to that expert, weighted by its own probability."""
         return force_expert(self, name)
 
     def freeze(self, *names: str) -> None:
-        """Stop training these experts (or "gate"): they keep their weights and get no gradient."""
+        """Stop training these experts (or "gate"): they keep their weights and lose their gradient."""
+        self._check_parts(names)
         self._require_grad(names, False)
 
     def unfreeze(self, *names: str) -> None:
         """Let these experts (or "gate") train again."""
+        self._check_parts(names)
         self._require_grad(names, True)
 
     def train_only(self, *names: str) -> None:
         """Freeze everything in this router, the gate too, except the named experts (and "gate" if named)."""
         self._check_parts(names)
-        self.requires_grad_(False)
+        self._require_grad(tuple(name for name in (*self.names, "gate") if name not in names), False)
         self._require_grad(names, True)
 
     @property
@@ -181,9 +282,11 @@ class MoERouter(nn.Module):
         )
 
     def _require_grad(self, names: tuple[str, ...], value: bool) -> None:
-        self._check_parts(names)
         for name in names:
-            self._part(name).requires_grad_(value)
+            for parameter in self._part(name).parameters():
+                parameter.requires_grad_(value)
+                if not value:
+                    parameter.grad = None  # else an optimiser with momentum or weight decay would move it
 
     def _check_parts(self, names: tuple[str, ...]) -> None:
         if not names:
@@ -196,71 +299,29 @@ class MoERouter(nn.Module):
         return self.gate if name == "gate" else self.experts[name]
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, capacity_factor={self.capacity_factor}"
+        parity = "" if self.parity is None else f", parity={self.parity!r}"
+        return f"{self.dim}, capacity_factor={self.capacity_factor}{parity}"
 
 
-def _expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tuple[str, ...]:
-    """The names asked for, checked."""
-    if (
-        isinstance(experts, bool)
-        or not isinstance(experts, int | Mapping | Sequence)
-        or isinstance(experts, str)
+def _check_capacity(
+    capacity_factor: float | None, eval_capacity_factor: float | None, min_capacity: int, drop: str
+) -> None:
+    """Refuse what cannot be a capacity."""
+    for name, value in (
+        ("capacity_factor", capacity_factor),
+        ("eval_capacity_factor", eval_capacity_factor),
     ):
-        raise InputError(f"experts must be modules by name, a list of names, or a number; got {experts!r}.")
-    names = tuple(f"expert_{i}" for i in range(experts)) if isinstance(experts, int) else tuple(experts)
-    if not names:
-        raise InputError(f"A MoERouter needs at least one expert, got {experts!r}.")
-    taken = nn.ModuleDict()
-    for name in names:
-        if not isinstance(name, str) or not name or "." in name or name == "gate" or hasattr(taken, name):
-            raise InputError(f"{name!r} cannot be an expert's name; use a plain word such as 'grounding'.")
-    if len(set(names)) < len(names):
-        raise InputError(f"Every expert needs a name of its own, got {', '.join(names)}.")
-    if isinstance(experts, Mapping):
-        for name, module in experts.items():
-            if not isinstance(module, nn.Module):
-                raise InputError(f"The expert '{name}' must be an nn.Module, got {module!r}.")
-        if len({id(module) for module in experts.values()}) < len(names):
-            raise InputError("Two experts are the same module; give each its own copy (copy.deepcopy).")
-    return names
+        if value is not None and not value > 0:
+            raise InputError(f"{name} must be above 0, or None to serve all; got {value!r}.")
+    if isinstance(min_capacity, bool) or not isinstance(min_capacity, int) or min_capacity < 0:
+        raise InputError(f"min_capacity must be a whole number of at least 0, got {min_capacity!r}.")
+    if drop not in DROPS:
+        raise InputError(f"drop must be one of {', '.join(DROPS)}; got {drop!r}.")
 
 
-def _positions(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """Where the mask is True, in the flattened tokens: mask (...) -> (T,)."""
-    if mask.shape != shape and not (len(shape) == 1 and mask.numel() == shape[0]):
-        raise InputError(
-            f"The routing mask has shape {tuple(mask.shape)}, but the tokens have shape {tuple(shape)}; "
-            f"give one entry per token."
-        )
-    return mask.to(device).reshape(-1).ne(0).nonzero().squeeze(1)  # (T,)
-
-
-def _force(routing: Routing, expert: int) -> Routing:
-    """The same probabilities, with one expert chosen for all: experts (T, 1), weights (T, 1)."""
-    chosen = torch.full_like(routing.experts[:, :1], expert)  # (T, 1)
-    return replace(routing, experts=chosen, weights=routing.probabilities[:, expert : expert + 1])
-
-
-def _check_routing(routing: Routing, num_tokens: int, num_experts: int, gate: nn.Module) -> None:
-    """Refuse what a gate from elsewhere may have got wrong."""
-    right = (
-        isinstance(routing, Routing)
-        and routing.probabilities.shape == (num_tokens, num_experts)
-        and routing.experts.ndim == 2
-        and routing.experts.shape[0] == num_tokens
-        and routing.experts.shape == routing.weights.shape
-    )
-    if not right:
-        raise InputError(
-            f"The gate {type(gate).__name__} must return a Routing with probabilities ({num_tokens}, "
-            f"{num_experts}) and experts and weights ({num_tokens}, K)."
-        )
-
-
-def _run(expert: nn.Module, rows: Tensor, name: str) -> Tensor:
-    """rows (R, D) -> (R, D), checked."""
-    answer = expert(rows)
-    if not isinstance(answer, Tensor) or answer.shape != rows.shape:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise InputError(f"The expert '{name}' must return a tensor of shape {tuple(rows.shape)}, got {got}.")
-    return answer
+def _check_parity(parity: str, gate: str | nn.Module) -> None:
+    """Refuse an unknown implementation, and another gate beside it."""
+    if parity != "deepspeed":
+        raise InputError(f"parity must be 'deepspeed' or None, got {parity!r}.")
+    if gate != "topk":
+        raise InputError("parity='deepspeed' brings its own gate; leave `gate` out.")

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
 class LayerTrace:
     """What one router did while it was recorded, one entry per call; `...` is the token shape of that call.
 
-    experts [(..., K)] chosen indices, best first, -1 for masked tokens; weights [(..., K)]; probabilities
-    [(..., E)], NaN for masked tokens.
+    experts [(..., K)] chosen indices, best first, -1 for masked tokens; served [(..., K)] the same with -1
+    also where a capacity dropped the token; weights [(..., K)]; probabilities [(..., E)], NaN for masked
+    tokens.
     """
 
     names: tuple[str, ...]
     experts: list[Tensor] = field(default_factory=list)
+    served: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     probabilities: list[Tensor] = field(default_factory=list)
 
@@ -54,14 +56,22 @@ class LayerTrace:
         return _join(self.probabilities)
 
     def counts(self) -> Tensor:
-        """How many (token, choice) pairs each expert got: (E,)."""
-        chosen = self.choices().reshape(-1)
+        """How many (token, choice) pairs chose each expert, before any drop: (E,)."""
+        return self._count(self.experts)
+
+    def dropped(self) -> Tensor:
+        """How many of those pairs each expert dropped: (E,)."""
+        return self._count(self.experts) - self._count(self.served)
+
+    def _count(self, calls: list[Tensor]) -> Tensor:
+        chosen = _join(calls).reshape(-1)
         return torch.bincount(chosen[chosen >= 0], minlength=len(self.names))  # (E,)
 
     def summary(self) -> dict[str, Any]:
-        """Numbers of this layer: tokens, counts, shares, mean probability, entropy (nats), margin.
+        """Numbers of this layer: tokens, counts, shares, drops, mean probability, entropy (nats), margin.
 
-        The margin is the best probability minus the second best, both averaged over tokens.
+        The margin is the best probability minus the second best, both averaged over tokens. Counts and shares
+        are of the choices, before any drop.
         """
         counts = self.counts()
         scores = self.scores().reshape(-1, len(self.names))  # (T, E)
@@ -73,6 +83,7 @@ class LayerTrace:
             "tokens": len(scores),
             "counts": dict(zip(self.names, counts.tolist(), strict=True)),
             "shares": dict(zip(self.names, (counts / counts.sum().clamp_min(1)).tolist(), strict=True)),
+            "dropped": dict(zip(self.names, self.dropped().tolist(), strict=True)),
             "probability": dict(
                 zip(self.names, (scores.sum(0) if empty else scores.mean(0)).tolist(), strict=True)
             ),
@@ -94,7 +105,10 @@ class RoutingTrace:
         if name is None:
             return
         layer = self.layers[name]
-        layer.experts.append(_spread(routing.experts, shape, kept, -1))
+        nobody = router.num_experts
+        served = routing.experts if routing.served is None else routing.served
+        for calls, chosen in ((layer.experts, routing.experts), (layer.served, served)):
+            calls.append(_spread(chosen.masked_fill(chosen == nobody, -1), shape, kept, -1))
         layer.weights.append(_spread(routing.weights, shape, kept, float("nan")))
         layer.probabilities.append(_spread(routing.probabilities, shape, kept, float("nan")))
 
@@ -216,7 +230,7 @@ class RoutingTrace:
 
     def _to_cpu(self) -> None:
         for layer in self.layers.values():
-            for calls in (layer.experts, layer.weights, layer.probabilities):
+            for calls in (layer.experts, layer.served, layer.weights, layer.probabilities):
                 calls[:] = [call.cpu() for call in calls]
 
 

@@ -1,6 +1,7 @@
-"""From dense networks to a mixture: `upcycle` makes routers of FFNs, `assemble_mixture` joins two runs.
+"""From dense networks to a mixture: `upcycle` makes routers of FFNs, `assemble_mixture` joins two runs,
+`init_expert` lets one expert start from another.
 
-Both check everything first and change nothing when something does not fit.
+All check everything first and change nothing when something does not fit.
 """
 
 from __future__ import annotations
@@ -55,6 +56,38 @@ def upcycle(
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, router)
     return list(routers)
+
+
+def init_expert(router: MoERouter, name: str, source: str | nn.Module) -> None:
+    """Copy into an expert the weights of another one of the router, by name, or of a dense FFN.
+
+        init_expert(router, "grounding", "vqa")
+
+    The expert's parameters stay the same objects. Raises CheckpointError, before anything is copied, if the
+    two do not have the same weights.
+    """
+    target, values = check_source(router, name, source)
+    with torch.no_grad():
+        for key, tensor in target.items():
+            tensor.copy_(values[key])
+
+
+def check_source(
+    router: MoERouter, name: str, source: str | nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the expert and of what it is to start from, if they fit."""
+    target = router.experts[router.names[router.index_of(name)]].state_dict()
+    origin = router.experts[router.names[router.index_of(source)]] if isinstance(source, str) else source
+    values = origin.state_dict()
+    shapes = [{key: tuple(tensor.shape) for key, tensor in table.items()} for table in (target, values)]
+    different = [key for key in {**shapes[0], **shapes[1]} if shapes[0].get(key) != shapes[1].get(key)]
+    if different:
+        key, label = different[0], source if isinstance(source, str) else type(source).__name__
+        raise CheckpointError(
+            f"The expert '{name}' cannot start from {label}: {key} is "
+            f"{shapes[0].get(key, 'absent')} in it and {shapes[1].get(key, 'absent')} there."
+        )
+    return target, values
 
 
 def assemble_mixture(
@@ -127,6 +160,11 @@ def _find(model: nn.Module, patterns: list[str]) -> list[str]:
     if len({id(model.get_submodule(name)) for name in found}) < len(found):
         raise InputError("Two of the matched paths are the same module; a shared block cannot be replaced.")
     return [name for name in names if name in found]
+
+
+def matches_path(path: str, pattern: str) -> bool:
+    """Whether a dotted path fits a pattern, in which `*` stands for one step and `**` for any number."""
+    return _matches(*(text.split(".") if text else [] for text in (path, pattern)))
 
 
 def _matches(steps: list[str], pattern: list[str]) -> bool:

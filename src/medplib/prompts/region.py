@@ -50,7 +50,8 @@ class RegionPooler(nn.Module):
     where they are: nothing random, and kind to small structures and small models.
 
     A mask without a pixel on any cell's corner would give nothing; here it takes every cell it touches.
-    `official=True` gives the zero vector instead, as published. An empty mask gives the zero vector always.
+    `official=True` gives the zero vector instead, as published, and reads the features at every pixel of a
+    mask that is finer than the grid. An empty mask gives the zero vector always.
 
     The draw depends on `seed` and the region's number within its image alone, in training as in evaluation:
     the global generator is neither used nor moved. Give forward a `generator` for fresh draws
@@ -97,8 +98,9 @@ class RegionPooler(nn.Module):
             share = functional.adaptive_avg_pool2d((masks != 0).float()[:, None], features.shape[-2:])
             share = share.flatten(1)  # (R, N)
         else:
-            values = sample_cells(features)  # (B, C, N)
-            inside = masks_to_grid(masks, features.shape[-2:], self.official).flatten(1)  # (R, N)
+            size = tuple(masks.shape[-2:] if self.official else features.shape[-2:])
+            values = sample_cells(features, size)  # (B, C, N)
+            inside = masks_to_grid(masks, size, self.official).flatten(1)  # (R, N)
             share = self._choose(inside, image_index, generator, permutations).float()
         share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # (R, N)
         return (values[image_index] * share[:, None]).sum(-1).to(features.dtype)  # (R, C)
@@ -283,9 +285,11 @@ def masks_to_grid(masks: torch.Tensor, grid_size: tuple[int, int], official: boo
     return torch.where(grid.flatten(1).any(1)[:, None, None], grid, touched)
 
 
-def sample_cells(features: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w) -> float32 (B, C, N): every cell read at (column / w, row / h) with corners aligned."""
-    batch, _, height, width = features.shape
+def sample_cells(features: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """(B, C, h, w) -> float32 (B, C, N): every cell of a grid of `size`, by default (h, w), read at
+    (column / width, row / height) with corners aligned."""
+    batch = len(features)
+    height, width = features.shape[-2:] if size is None else size
     y, x = (torch.arange(side, device=features.device) / side * 2 - 1 for side in (height, width))
     places = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (h, w, 2)
     places = places.expand(batch, -1, -1, -1)

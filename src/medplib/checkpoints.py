@@ -1,0 +1,188 @@
+"""Checkpoints of others: published MedPLIB and LLaVA folders, CLIP, SAM and SAM-Med2D files -> our names.
+
+    model = MedPLIB.from_pretrained("folder/of/MedPLIB-7b-2e")   # finds out by itself what the folder is
+    load_sam(model, "sam-med2d_b.pth")                           # the mask side alone
+
+Tensors are renamed by the table in `medplib.official.names` and stay unread until they are placed;
+transformers' loader then puts each on its device in its dtype, so device_map, dtype and quantization work as
+for our own files. Its conversion mapping (`key_mapping`) is not used for the renaming: it would write the
+published names back on every later save, it cannot merge adapters, and it needs an index that matches the
+shards, which published folders do not always have.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medplib.configuration import MedPLIBConfig
+from medplib.errors import CheckpointError, InputError
+from medplib.official.configuration import CLIP_REPOSITORY, convert, is_official
+from medplib.official.files import (
+    adapter_scaling,
+    merge_adapters,
+    read_files,
+    read_pickle,
+    shape_of,
+    weight_files,
+)
+from medplib.official.names import IGNORED, rename, sam_name
+
+if TYPE_CHECKING:
+    from medplib.modeling import MedPLIB
+
+CLIP_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+_CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
+
+
+def read_content(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, as it is; {} where it cannot be read (`read_config` then says why)."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def holds_official(folder: Path) -> bool:
+    """Whether a folder holds a published layout and not ours."""
+    return is_official(read_content(folder))
+
+
+def official_config(
+    folder: Path, overrides: Mapping[str, Any] | None = None, **settings: Any
+) -> MedPLIBConfig:
+    """The configuration of a published folder. `settings` replace whole parts of it. Raises InputError."""
+    added = _added_tokens(folder)
+    try:
+        converted = convert(read_content(folder), overrides, added.get("<SEG>"))
+        config = MedPLIBConfig(**{**converted, **settings})
+    except InputError as error:
+        raise InputError(f"config.json of {str(folder)!r}: {error}") from error
+    config.name_or_path = str(folder)
+    return config
+
+
+def official_state(
+    folder: Path, config: MedPLIBConfig, clip: str | Path | None = None, adapter: str | Path | None = None
+) -> dict[str, Any]:
+    """{our name: tensor or unread slice} of a published folder.
+
+    clip: folder or Hub id of the CLIP tower, for checkpoints that only name it. adapter: folder of a LoRA
+    adapter to merge. Raises CheckpointError.
+    """
+    state = read_files(weight_files(folder))
+    scaling = adapter_scaling(folder)
+    if adapter is not None:
+        state, scaling = _with_adapter(state, Path(adapter))
+    if any("lora_" in name for name in state):
+        state = merge_adapters(state, scaling)
+    experts = config.moe.experts if config.moe else []
+    table = rename(state, experts)
+    found = {ours: state[theirs] for ours, theirs in table.items()}
+    if config.vision.tower.name == "clip" and not any(name.startswith("vision_tower.") for name in found):
+        found |= _clip_state(folder, clip)
+    return found | _noise_state(config)
+
+
+def load_sam(model: MedPLIB, path: str | Path) -> None:
+    """Fill the mask side from a SAM or SAM-Med2D file (.pth, .safetensors), all of it.
+
+    Raises CheckpointError, listing what is missing, unexpected or of another shape; nothing is changed then.
+    """
+    path = Path(path)
+    state = read_files([path]) if path.suffix == ".safetensors" else read_pickle(path)
+    parts = ("mask_encoder", "prompt_encoder", "mask_decoder")
+    given = {
+        sam_name(name): value for name, value in state.items() if not IGNORED.search(f"visual_model.{name}")
+    }
+    wanted = {
+        f"{part}.{name}": value for part in parts for name, value in getattr(model, part).state_dict().items()
+    }
+    check_fit(given, wanted, path)
+    for part in parts:
+        prefix = f"{part}."
+        getattr(model, part).load_state_dict(
+            {k.removeprefix(prefix): value[...] for k, value in given.items() if k.startswith(prefix)}
+        )
+
+
+def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Any], source: str | Path) -> None:
+    """Raise CheckpointError, listing all of it, unless both hold the same names in the same shapes."""
+    problems = {
+        "missing": sorted(wanted.keys() - given.keys()),
+        "unexpected": sorted(given.keys() - wanted.keys()),
+        "other shape": [
+            f"{name} {tuple(shape_of(given[name]))} for {tuple(shape_of(wanted[name]))}"
+            for name in sorted(wanted.keys() & given.keys())
+            if shape_of(given[name]) != shape_of(wanted[name])
+        ],
+    }
+    listed = [f"{what} {shorten(names)}" for what, names in problems.items() if names]
+    if listed:
+        raise CheckpointError(f"The weights of {str(source)!r} do not fit: {'; '.join(listed)}.")
+
+
+def shorten(names: Iterable[str]) -> str:
+    """The first names of a list, and how many there are."""
+    names = list(names)
+    return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+
+
+def _noise_state(config: MedPLIBConfig) -> dict[str, Any]:
+    """The keys of the random numbers of the published gating, which its checkpoints do not hold."""
+    moe = config.moe
+    if moe is None or moe.parity is None or (moe.top_k == 1 and not moe.gate_args.get("use_rts", True)):
+        return {}
+    name = "language_model.model.layers.{}.mlp.gate.noise.state"
+    return {name.format(layer): torch.tensor([layer, 0]) for layer in config.moe_layers}
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    path = folder / "added_tokens.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged ({error}); copy it again.") from error
+    if not isinstance(content, dict) or not all(type(number) is int for number in content.values()):
+        raise CheckpointError(f"{str(path)!r} must give a number for each added token; copy it again.")
+    return content
+
+
+def _with_adapter(state: dict[str, Any], folder: Path) -> tuple[dict[str, Any], float]:
+    """The state with the tensors of an adapter folder (peft's layout) beside it, and their scaling."""
+    scaling = adapter_scaling(folder)
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    files = [path for path in files if path.is_file()][:1]
+    if scaling is None or not files:
+        raise CheckpointError(
+            f"{str(folder)!r} is no adapter: it needs adapter_config.json and adapter_model.safetensors."
+        )
+    extra = folder / "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
+    added = read_files([*files, extra] if extra.is_file() else files)
+    plain = {name.removeprefix("base_model.model."): value for name, value in added.items()}
+    return {name.removeprefix("base_model.model."): value for name, value in state.items()} | plain, scaling
+
+
+def _clip_state(folder: Path, clip: str | Path | None) -> dict[str, Any]:
+    """CLIP's vision tower under our names, from where the caller said; what a file names is never fetched."""
+    from medplib.loading import local_folder
+
+    if clip is None:
+        named = read_content(folder).get("mm_vision_tower")
+        raise CheckpointError(
+            f"The CLIP tower is not in {str(folder)!r}; its configuration names {str(named)[:120]!r}. Take "
+            "it from the repository it was published in, with from_pretrained(..., "
+            f"clip={CLIP_REPOSITORY!r}), or give a folder that holds it."
+        )
+    warnings.warn(f"The CLIP tower is taken from {str(clip)!r}.", stacklevel=6)
+    source = local_folder(clip, patterns=CLIP_FILES)
+    state = read_files(weight_files(source))
+    start = "vision_model."
+    tower = {_CLIP_PREFIX + k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+    return {ours: tower[theirs] for ours, theirs in rename(tower).items()}

@@ -1,0 +1,1 @@
+"""The published MedPLIB: its names, configuration, tokenizer and evaluation quirks, translated to ours."""

@@ -1,0 +1,198 @@
+"""The published tiny model loads, and gives the numbers that the published code gave."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medplib.geometry import official_crop
+from medplib.official.compat import THRESHOLD, mask_losses
+from medplib.processing import Batch
+
+from .recorded_model import Recorded, expand
+
+
+@pytest.fixture(scope="module")
+def recorded(golden_dir):
+    return Recorded(golden_dir / "model_tiny")
+
+
+@pytest.fixture(scope="module")
+def model(recorded):
+    """As a user gets it: nothing is dropped."""
+    return recorded.load()
+
+
+@pytest.fixture(scope="module")
+def published(recorded):
+    """With the published gating, padding and capacities included."""
+    return recorded.load(moe={"parity": "deepspeed"})
+
+
+def model_for(recorded, published, case):
+    """The evaluation model, or one in training mode with the case's capacity and without random drops."""
+    if not case.facts["training"]:
+        return published
+    moe = {"parity": "deepspeed", "capacity_factor": case.facts["capacity_factor"]}
+    return recorded.load(moe=moe | {"gate_args": {"use_rts": case.facts["use_rts"]}}).train()
+
+
+def run(recorded, model, case, grad=False):
+    """The forward of a case. A row without image is filled up with zero vectors, as published."""
+    rows, names = recorded.rows(model, case), case.facts["samples"]
+    shown = set(rows["image_index"].tolist())
+    read = case.tensors["in.input_ids"].shape[1] if "in.input_ids" in case.tensors else None
+
+    def fill_up(_, __, out):
+        for row in range(len(out)):
+            if row not in shown:
+                out[row, read:] = 0
+        return out
+
+    hook = model.get_input_embeddings().register_forward_hook(fill_up) if len(shown) < len(names) else None
+    with torch.set_grad_enabled(grad):
+        out = model(**rows, **recorded.images(names), **recorded.regions(names), output_hidden_states=True)
+    if hook:
+        hook.remove()
+    return out
+
+
+def kept_masks(case, out) -> list[int]:
+    """The published code gives each row's targets to its last `<SEG>`."""
+    kept = []
+    for row, flags in enumerate(case.facts["valid_mask_bool"] if out.mask_logits is not None else []):
+        mine = [i for i, at in enumerate(out.seg_rows.tolist()) if at == row]
+        kept += mine[len(mine) - len(flags) :]
+    return kept
+
+
+def close(ours, theirs, atol, what):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0, msg=lambda text: f"{what}: {text}")
+
+
+def test_every_recorded_forward_is_reproduced(recorded, published):
+    assert recorded.cases
+    for case in recorded.cases.values():
+        model = model_for(recorded, published, case)
+        out = run(recorded, model, case)
+        theirs = case.tensors
+        for name in theirs:
+            if name.startswith("out.hidden."):
+                which = name.removeprefix("out.hidden.")
+                layer = -1 if which == "last" else int(which)
+                close(out.hidden_states[layer], theirs[name], 1e-4, f"{case.name} {name}")
+        tail = theirs["out.logits_tail"]
+        close(out.logits[:, -tail.shape[1] :], tail, 1e-4, f"{case.name} logits")
+        check_losses_and_masks(recorded, model, case, out)
+
+
+def check_losses_and_masks(recorded, model, case, out):
+    wanted, theirs = case.facts["losses"], case.tensors
+    weights = recorded.dims["loss_weights"]
+    ce = out.losses["ce"] + model.config.moe.balance_loss_coef * out.losses["balance"]
+    assert weights["ce"] * ce.item() == pytest.approx(wanted["ce_loss"], rel=1e-5), case.name
+    kept, total = kept_masks(case, out), weights["ce"] * ce.item()
+    assert len(kept) == len(case.facts["label_shapes"])
+    for i, mask in enumerate(kept):
+        resized, size = (tuple(case.facts[key][i]) for key in ("resize_list", "label_shapes"))
+        close(out.mask_logits[mask], theirs[f"seg.low_res.{i}"][0, 0], 1e-3, f"{case.name} mask {i}")
+        close(out.iou_scores[mask], theirs[f"seg.iou.{i}"][0, 0], 1e-3, f"{case.name} IoU {i}")
+        drawn, recorded_mask = (
+            official_crop(out.mask_logits[mask], resized, size),
+            theirs[f"seg.pred_mask.{i}"],
+        )
+        close(drawn, recorded_mask[0, 0], 1e-3, f"{case.name} cropped mask {i}")
+        assert torch.equal(drawn > 0, recorded_mask[0, 0] > 0)
+    if kept:
+        sizes, targets = case.facts["resize_list"], recorded.targets(case.facts["samples"])
+        terms = mask_losses(out.mask_logits[kept], out.iou_scores[kept], targets, sizes)
+        for name, term in terms.items():
+            assert term.item() == pytest.approx(wanted[f"unscale_mask_{name}_loss"], rel=1e-5), case.name
+            total += weights[name] * term.item()
+    assert total == pytest.approx(wanted["loss"], rel=1e-5), case.name
+
+
+def test_gradients_are_those_recorded(recorded, published):
+    from medplib.official.names import our_name
+
+    compared = 0
+    for case in recorded.cases.values():
+        if "grad_norms" not in case.facts:
+            continue
+        model = model_for(recorded, published, case)
+        model.zero_grad()
+        out = run(recorded, model, case, grad=True)
+        weights, kept = recorded.dims["loss_weights"], kept_masks(case, out)
+        ce = out.losses["ce"] + model.config.moe.balance_loss_coef * out.losses["balance"]
+        targets = recorded.targets(case.facts["samples"])
+        masks = mask_losses(out.mask_logits[kept], out.iou_scores[kept], targets, case.facts["resize_list"])
+        (weights["ce"] * ce + sum(weights[name] * term for name, term in masks.items())).backward()
+        ours = dict(model.named_parameters())
+        for name, norm in case.facts["grad_norms"].items():
+            grad = ours[our_name(name, model.config.moe.experts)].grad
+            assert grad.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-5), f"{case.name} {name}"
+        for name, value in case.tensors.items():
+            if name.startswith("grad."):
+                grad = ours[our_name(name.removeprefix("grad."), model.config.moe.experts)].grad
+                close(grad, value, 1e-4, f"{case.name} {name}")
+        compared += 1
+        model.zero_grad()
+    assert compared
+
+
+def test_the_dropless_model_sees_what_the_published_one_sees(recorded, model, published):
+    """Where the published evaluation drops no token, real tokens get the same states without its gating."""
+    case = max(
+        (case for case in recorded.cases.values() if not case.facts["training"]),
+        key=lambda case: len(case.facts["samples"]),
+    )
+    real = recorded.rows(model, case)["attention_mask"].bool()
+    ours = run(recorded, model, case).hidden_states[-1]
+    theirs = run(recorded, published, case).hidden_states[-1]
+    close(ours[real], theirs[real], 1e-4, case.name)
+
+
+def generated(recorded, model, name, facts, compat):
+    """One recorded generation: its tensors, ours, and our mask logits on the square."""
+    tensors = load_file(recorded.folder / f"evaluate_{name}.safetensors")
+    ids = tensors["in.input_ids"][0]
+    ids, mask, _ = expand(ids, torch.ones_like(ids), ids, model.config.tokens.image, model.num_image_tokens)
+    sample = facts["images_of_sample"]
+    images = recorded.images([sample])
+    batch = Batch({"input_ids": ids[None], "attention_mask": mask[None], **images}, [], [], [])
+    if (ids == model.config.tokens.region).any():
+        batch.tensors |= recorded.regions([sample])
+    out = model.generate_with_states(batch, max_new_tokens=facts["max_new_tokens"], compat=compat)
+    features = model.mask_encoder(images["mask_pixel_values"])
+    index = torch.zeros(len(out.states), dtype=torch.long)
+    logits = model.decode_masks(out.states, features, index)[0] if len(out.states) else out.states
+    return tensors, out, logits
+
+
+@pytest.mark.parametrize(("variant", "compat"), [("head_fixed", "official"), ("release_9c3efe9", "release")])
+def test_recorded_generations_are_reproduced(recorded, model, variant, compat):
+    assert recorded.evaluations
+    for name, facts in recorded.evaluations.items():
+        wanted = facts[variant]
+        # The demo's switch leaves the mask out where no <SEG> was written.
+        chosen = ["first_seg"] if facts["inference_demo"] and compat == "official" else compat
+        tensors, out, logits = generated(recorded, model, name, facts, chosen)
+        assert out.ids[0].tolist() == wanted["new_ids"], name
+        assert len(logits) == wanted["n_masks"], name
+        for i in range(len(logits)):
+            resized, size = tuple(facts["resize_list"][i]), tuple(facts["original_size"])
+            text = model.seg_projector(out.states[i])
+            close(text, tensors[f"{variant}.text_embed.{i}"][0, 0], 1e-4, name)
+            close(logits[i], tensors[f"{variant}.low_res.{i}"][0, 0], 1e-3, name)
+            drawn, theirs = official_crop(logits[i], resized, size), tensors[f"{variant}.pred_mask.{i}"][0]
+            close(drawn, theirs, 1e-3, name)
+            assert torch.equal(drawn.sigmoid() > THRESHOLD, theirs.sigmoid() > THRESHOLD)
+
+
+def test_by_default_a_mask_comes_from_the_state_that_predicts_each_seg(recorded, model):
+    for name, facts in recorded.evaluations.items():
+        tensors, _, logits = generated(recorded, model, name, facts, None)
+        written = facts["head_fixed"]["new_ids"].count(model.config.tokens.seg)
+        assert len(logits) == written
+        in_prompt = (tensors["in.input_ids"] == model.config.tokens.seg).any()
+        if written == 1 and not in_prompt:
+            close(logits[0], tensors["head_fixed.low_res.0"][0, 0], 1e-3, name)
