@@ -1,6 +1,7 @@
 """Checkpoints of others: published MedPLIB and LLaVA folders, CLIP, SAM and SAM-Med2D files -> our names.
 
     model = MedPLIB.from_pretrained("folder/of/MedPLIB-7b-2e")   # finds out by itself what the folder is
+    start = MedPLIB.from_pretrained("folder/of/llava-v1.5-7b", clip="openai/clip-vit-large-patch14-336")
     load_sam(model, "sam-med2d_b.pth")                           # the mask side alone
 
 Tensors are renamed by the table in `medplib.official.names` and stay unread until they are placed;
@@ -12,6 +13,7 @@ shards, which published folders do not always have.
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,7 +24,7 @@ import torch
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError
-from medplib.official.configuration import CLIP_REPOSITORY, convert, is_official
+from medplib.official.configuration import CLIP_REPOSITORY, convert, is_official, is_start
 from medplib.official.files import (
     adapter_scaling,
     merge_adapters,
@@ -87,6 +89,8 @@ def official_state(
     found = {ours: state[theirs] for ours, theirs in table.items()}
     if config.vision.tower.name == "clip" and not any(name.startswith("vision_tower.") for name in found):
         found |= _clip_state(folder, clip)
+    if is_start(read_content(folder)):
+        found = _started(found, config)
     return found | _noise_state(config)
 
 
@@ -132,6 +136,30 @@ def shorten(names: Iterable[str]) -> str:
     """The first names of a list, and how many there are."""
     names = list(names)
     return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
+
+
+def _started(found: dict[str, Any], config: MedPLIBConfig) -> dict[str, Any]:
+    """A LLaVA checkpoint made whole: fresh parts where it has none, and rows for the control tokens.
+
+    A new row is the mean of the others, as LLaVA starts its own new tokens.
+    """
+    from medplib.modeling import MedPLIB
+
+    small = copy.deepcopy(config)
+    small.text_config.num_hidden_layers = 1
+    small.text_config.vocab_size = config.tokens.seg + 1
+    small.moe = None
+    whole = MedPLIB(small)
+    for part in ("region_adapter", "seg_projector", "mask_encoder", "prompt_encoder", "mask_decoder"):
+        if not any(name.startswith(f"{part}.") for name in found):
+            state = getattr(whole, part).state_dict()
+            found |= {f"{part}.{name}": value for name, value in state.items()}
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if name in found and shape_of(found[name])[0] < config.text_config.vocab_size:
+            rows = found[name][...]
+            new = rows.float().mean(0, keepdim=True).to(rows.dtype)
+            found[name] = torch.cat([rows, new.expand(config.text_config.vocab_size - len(rows), -1)])
+    return found
 
 
 def _noise_state(config: MedPLIBConfig) -> dict[str, Any]:

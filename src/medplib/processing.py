@@ -357,7 +357,10 @@ class MedPLIBProcessor:
 def _load_tokenizer(folder: Path | str, config: MedPLIBConfig):
     """The tokenizer in a folder, no code of its own run. Raises CheckpointError."""
     if (Path(folder) / MODEL_FILE).is_file():  # only the published layout has one
-        return LegacyLlamaTokenizer.from_pretrained(folder)
+        tokenizer = LegacyLlamaTokenizer.from_pretrained(folder)
+        if config.tokens.seg == len(tokenizer):  # a language model that has not learned them yet
+            tokenizer.add_control_tokens()
+        return tokenizer
     try:
         return AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True

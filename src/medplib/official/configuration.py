@@ -86,6 +86,11 @@ def is_official(content: Any) -> bool:
     return kind in MODEL_TYPES or (kind == "medplib" and "hidden_size" in content)
 
 
+def is_start(content: Mapping[str, Any]) -> bool:
+    """Whether a published config.json is LLaVA's: a start for training, without mask side or control tokens."""
+    return str(content.get("model_type")).startswith("llava")
+
+
 def convert(
     content: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, seg: int | None = None
 ) -> dict[str, Any]:
@@ -106,6 +111,8 @@ def convert(
     if projector != "mlp2x_gelu":
         raise InputError(f"mm_projector_type must be 'mlp2x_gelu', got {projector!r:.80}.")
     text = _text(content)
+    if seg is None and is_start(content):
+        text["vocab_size"] += CONTROL_TOKENS
     seg = text["vocab_size"] - CONTROL_TOKENS if seg is None else seg
     pooler = {"max_points": content.get("max_sample_point") or 512, "official": True}
     if content.get("region_geo_sampler"):

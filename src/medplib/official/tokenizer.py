@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from medplib.conversation import Run
+from medplib.conversation import CONTROL_TOKENS, Run
 from medplib.errors import CheckpointError
 
 MODEL_FILE, ADDED_FILE, CONFIG_FILE = "tokenizer.model", "added_tokens.json", "tokenizer_config.json"
 SPACE = "\u2581"
+GENERATED = 256  # the tokens <gen_1> to <gen_256>, which nothing uses
 _UNKNOWN, _CONTROL, _BYTE = 2, 3, 6  # types of pieces in a sentencepiece model; 1 is normal
 
 
@@ -43,12 +44,15 @@ class LegacyLlamaTokenizer:
         specials = [text for text, _, kind in self.pieces if kind in (_CONTROL, _UNKNOWN)]
         self.special_ids = {text: i for i, (text, *_) in enumerate(self.pieces) if text in specials}
         self.added = dict(added)
-        names = sorted([*self.added, *self.special_ids], key=len, reverse=True)
-        self._find = re.compile("|".join(map(re.escape, names)))
         self.unk_token_id = self.special_ids.get("<unk>", 0)
         self.bos_token_id = self.special_ids.get("<s>")
         self.eos_token_id = self.special_ids.get("</s>")
         self.pad_token_id = self.unk_token_id  # as published
+        self._prepare()
+
+    def _prepare(self) -> None:
+        names = sorted([*self.added, *self.special_ids], key=len, reverse=True)
+        self._find = re.compile("|".join(map(re.escape, names)))
         self._texts = {i: text for text, i in self.added.items()}
 
     @classmethod
@@ -77,6 +81,13 @@ class LegacyLlamaTokenizer:
         for name, content in ((ADDED_FILE, self.added), (CONFIG_FILE, self.settings)):
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return [str(folder / name) for name in (MODEL_FILE, ADDED_FILE, CONFIG_FILE)]
+
+    def add_control_tokens(self) -> None:
+        """Give the published control tokens the next free ids, in the published order; `<SEG>` is the first."""
+        *words, start, end = CONTROL_TOKENS
+        for token in (*words, *(f"<gen_{i}>" for i in range(1, GENERATED + 1)), start, end):
+            self.added.setdefault(token, len(self))
+        self._prepare()
 
     def __len__(self) -> int:
         return max([len(self.pieces) - 1, *self.added.values()]) + 1
