@@ -110,6 +110,9 @@ def test_recomputation_drops_the_same_tokens():
         ({"parity": "fairseq"}, "parity must be 'deepspeed' or None, got 'fairseq'"),
         ({"parity": "deepspeed", "gate": nn.Identity()}, "brings its own gate"),
         ({"parity": "deepspeed", "score": "sigmoid"}, "score='softmax'"),
+        ({"parity": "deepspeed", "drop": "random"}, "drops as published"),
+        ({"gate": "expert_choice", "capacity_factor": 1.0}, "ExpertChoiceGate has a capacity of its own"),
+        ({"gate": "deepspeed", "eval_capacity_factor": 1.0}, "DeepSpeedGate has a capacity of its own"),
         ({"parity": "deepspeed", "top_k": 3}, "top_k 1 and 2, got 3"),
         ({"gate": nn.Identity(), "gate_args": {"a": 1}}, "gate_args go to a gate found by name"),
     ],
@@ -183,6 +186,13 @@ def test_gradients_of_the_published_gating_are_those_of_finite_differences(k):
 
     x = torch.randn(6, DIM, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *router.parameters()), atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_published_gating_takes_no_token_and_half_precision(k):
+    router = make_router(parity="deepspeed", top_k=k, capacity_factor=1.0, seed=1)
+    assert router(torch.randn(0, DIM)).shape == (0, DIM)
+    assert router.bfloat16()(torch.randn(7, DIM).bfloat16()).dtype == torch.bfloat16
 
 
 def test_forced_expert_serves_all_in_parity_mode_too():

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from medplib.errors import InputError
-from medplib.experts import MoERouter, record_routing, replay_routing, routing_mask
+from medplib.errors import CheckpointError, InputError
+from medplib.experts import MoERouter, RoutingTrace, record_routing, replay_routing, routing_mask
 
 DIM = 6
 
@@ -64,6 +65,23 @@ def test_replay_holds_the_choice_while_the_gate_changes_and_lets_it_learn():
     )
     torch.testing.assert_close(out, wanted)
     assert router.gate.weight.grad.abs().sum() > 0
+
+
+def test_recording_is_replayed_from_a_file(tmp_path):
+    model, x = TwoLayers(top_k=2, capacity_factor=0.7), torch.randn(2, 6, DIM)
+    with record_routing(model) as trace:
+        first, second = model(x), model(x + 1)
+    trace.save(tmp_path / "trace.safetensors")
+    loaded = RoutingTrace.load(tmp_path / "trace.safetensors")
+    assert loaded.rows() == trace.rows()
+    nn.init.normal_(model.layers[0].gate.weight)
+    model.load_state_dict(TwoLayers(top_k=2).state_dict())
+    with replay_routing(model, loaded):
+        assert torch.equal(model(x), first)
+        assert torch.equal(model(x + 1), second)
+    save_file({"a": x}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no recording of routing"):
+        RoutingTrace.load(tmp_path / "other.safetensors")
 
 
 def test_replay_refuses_another_model_another_shape_and_one_call_more():

@@ -38,7 +38,7 @@ from medplib.official.names import IGNORED, rename, sam_name
 if TYPE_CHECKING:
     from medplib.modeling import MedPLIB
 
-CLIP_FILES = ("config.json", "model.safetensors", "pytorch_model.bin")
+_CLIP_HUB = ("cache_dir", "local_files_only", "token", "force_download")  # of the arguments for the Hub
 _CLIP_PREFIX = "model.vision_tower.vision_tower.vision_model."
 
 
@@ -70,13 +70,24 @@ def official_config(
     return config
 
 
+def published_clip(folder: Path) -> str | None:
+    """The repository of the published CLIP tower, where a configuration names that, under whatever path."""
+    named = read_content(folder).get("mm_vision_tower")
+    last = str(named).replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return CLIP_REPOSITORY if last == CLIP_REPOSITORY.rpartition("/")[2] else None
+
+
 def official_state(
-    folder: Path, config: MedPLIBConfig, clip: str | Path | None = None, adapter: str | Path | None = None
+    folder: Path,
+    config: MedPLIBConfig,
+    clip: str | Path | None = None,
+    adapter: str | Path | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """{our name: tensor or unread slice} of a published folder.
 
     clip: folder or Hub id of the CLIP tower, for checkpoints that only name it. adapter: folder of a LoRA
-    adapter to merge. Raises CheckpointError.
+    adapter to merge. hub: arguments for the Hub. Raises CheckpointError.
     """
     state = read_files(weight_files(folder))
     scaling = adapter_scaling(folder)
@@ -88,7 +99,7 @@ def official_state(
     table = rename(state, experts)
     found = {ours: state[theirs] for ours, theirs in table.items()}
     if config.vision.tower.name == "clip" and not any(name.startswith("vision_tower.") for name in found):
-        found |= _clip_state(folder, clip)
+        found |= _clip_state(folder, clip, {k: v for k, v in (hub or {}).items() if k in _CLIP_HUB})
     if is_start(read_content(folder)):
         found = _started(found, config)
     return found | _noise_state(config)
@@ -197,8 +208,8 @@ def _with_adapter(state: dict[str, Any], folder: Path) -> tuple[dict[str, Any], 
     return {name.removeprefix("base_model.model."): value for name, value in state.items()} | plain, scaling
 
 
-def _clip_state(folder: Path, clip: str | Path | None) -> dict[str, Any]:
-    """CLIP's vision tower under our names, from where the caller said; what a file names is never fetched."""
+def _clip_state(folder: Path, clip: str | Path | None, hub: Mapping[str, Any]) -> dict[str, Any]:
+    """CLIP's vision tower under our names. What a file names is never fetched; see `published_clip`."""
     from medplib.loading import local_folder
 
     if clip is None:
@@ -208,8 +219,10 @@ def _clip_state(folder: Path, clip: str | Path | None) -> dict[str, Any]:
             "it from the repository it was published in, with from_pretrained(..., "
             f"clip={CLIP_REPOSITORY!r}), or give a folder that holds it."
         )
-    warnings.warn(f"The CLIP tower is taken from {str(clip)!r}.", stacklevel=6)
-    source = local_folder(clip, patterns=CLIP_FILES)
+    warnings.warn(f"The CLIP tower is not in the checkpoint; it is taken from {str(clip)!r}.", stacklevel=6)
+    source = local_folder(clip, ("config.json", "model.safetensors"), **hub)
+    if not any(source.glob("*.safetensors")):
+        source = local_folder(clip, ("config.json", "pytorch_model.bin"), **hub)
     state = read_files(weight_files(source))
     start = "vision_model."
     tower = {_CLIP_PREFIX + k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}

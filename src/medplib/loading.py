@@ -145,6 +145,10 @@ class LoadingMixin:
         folder = local_folder(name_or_path, **hub)
         foreign = {k: kwargs.pop(k) for k in ("overrides", "clip", "adapter") if k in kwargs}
         official = checkpoints.holds_official(folder)
+        if official and isinstance(resolve_model(name_or_path), str):  # from the Hub
+            if not any(folder.glob("*.safetensors")):
+                folder = local_folder(name_or_path, (*_HUB_FILES, "pytorch_model*.bin"), **hub)
+            foreign.setdefault("clip", checkpoints.published_clip(folder))
         if foreign and not official:
             raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
         wants_info = kwargs.pop("output_loading_info", False)
@@ -158,7 +162,7 @@ class LoadingMixin:
             raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
         if official:
             foreign.pop("overrides", None)
-            kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign)
+            kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign, hub=hub)
         elif kwargs.get("state_dict") is None and kwargs.get("variant") is None:
             _check_files(folder, config)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:

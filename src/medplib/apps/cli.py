@@ -271,6 +271,30 @@ def _printable(text: str) -> str:
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A known model, a folder or a Hub id.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write.")],
+    layout: Annotated[
+        str, typer.Option("--format", help="official: the published layout; medplib: our own.")
+    ] = "official",
+) -> None:
+    """Write a model's weights, configuration and tokenizer in another layout."""
+    with _errors_in_one_line():
+        if layout not in ("official", "medplib"):
+            raise InputError(f"--format must be official or medplib, got {layout!r}.")
+        _quieten()
+        from medplib import MedPLIB
+        from medplib.official.export import export_official
+
+        loaded = MedPLIB.from_pretrained(model, dtype="auto")
+        if layout == "official":
+            export_official(loaded, folder)
+        else:
+            loaded.save_pretrained(folder)
+        typer.echo(f"Written to {_printable(str(folder))}")
+
+
+@app.command()
 def info() -> None:
     """Show versions, devices, compiled operators, known models and the names of all parts."""
     with _errors_in_one_line():

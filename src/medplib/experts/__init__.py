@@ -10,6 +10,7 @@ from medplib.experts.losses import balance_loss, collect_aux_losses, sequence_ba
 from medplib.experts.mlp import GELUMLP, SwiGLU
 from medplib.experts.router import MoERouter, Routing, TopKGate, routing_mask
 from medplib.experts.schedule import ExpertSchedule, Phase, check_optimizer, train_experts
+from medplib.experts.statistics import count_routing
 from medplib.experts.trace import RoutingTrace, record_routing
 from medplib.experts.upcycle import assemble_mixture, init_expert, upcycle
 
@@ -31,6 +32,7 @@ __all__ = [
     "collect_aux_losses",
     "compare_experts",
     "compare_routing",
+    "count_routing",
     "force_expert",
     "init_expert",
     "measure_cost",

@@ -34,6 +34,7 @@ class DeepSpeedGate(nn.Module):
     seed, noise    the key of the random numbers, or a module like KeyedNoise that gives them
     """
 
+    own_capacity = True
     balances_first_choice = True  # the published balance loss looks at first choices only
 
     def __init__(

@@ -30,6 +30,8 @@ class ExpertChoiceGate(nn.Module):
     experts each token then takes for itself; a warning then recalls that this is not what was trained.
     """
 
+    own_capacity = True
+
     def __init__(
         self,
         dim: int,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from medplib import ops
 from medplib.errors import InputError
 from medplib.experts.capacity import DROPS, limit
-from medplib.experts.checks import check_routing, expert_names, run_expert, token_positions
+from medplib.experts.checks import check_routing, expert_names, token_positions
 from medplib.experts.context import (
     Choice,
     current_mask,
@@ -31,6 +31,7 @@ from medplib.experts.context import (
     tell_observers,
     unknown_expert,
 )
+from medplib.experts.dispatch import mix
 from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
@@ -39,6 +40,7 @@ from medplib.registry import EXPERTS, GATES
 
 if TYPE_CHECKING:
     from medplib.experts.cost import CostReport
+    from medplib.experts.statistics import RoutingStatistics
 
 __all__ = ["MoERouter", "Routing", "TopKGate", "force_expert", "routing_mask"]
 
@@ -96,7 +98,7 @@ class MoERouter(nn.Module):
         names = expert_names(experts)
         gate_args = dict(gate_args or {})
         if parity is not None:
-            _check_parity(parity, gate)
+            _check_parity(parity, gate, drop)
             gate = "deepspeed"
             gate_args = {
                 "capacity_factor": capacity_factor,
@@ -111,6 +113,11 @@ class MoERouter(nn.Module):
             )
         elif gate_args:
             raise InputError(f"gate_args go to a gate found by name; this one is a {type(gate).__name__}.")
+        limited = capacity_factor is not None or eval_capacity_factor is not None
+        if limited and parity is None and getattr(gate, "own_capacity", False):
+            raise InputError(
+                f"{type(gate).__name__} has a capacity of its own; give none to the router (see gate_args)."
+            )
         if not isinstance(experts, Mapping):
             hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
             experts = {name: EXPERTS.build(expert, dim, hidden_dim) for name in names}
@@ -121,8 +128,8 @@ class MoERouter(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.gate = gate
         self.experts = nn.ModuleDict(experts)
+        self.statistics: RoutingStatistics | None = None  # set by count_routing
         self._pack = False
-        limited = capacity_factor is not None or eval_capacity_factor is not None
         self.drop_noise = KeyedNoise(seed) if drop == "random" and limited and parity is None else None
         # What surrounded the latest forward: the mask and a forced choice; see _surroundings.
         self._latest: tuple[Tensor | None, Choice | None] = (None, None)
@@ -179,16 +186,10 @@ class MoERouter(nn.Module):
         """tokens (T, D) -> (T, D), all of them routed."""
         routing = self._route(tokens, choice, shape, kept)
         tell_observers(self, routing, shape, kept)
+        if self.statistics is not None:
+            self.statistics.add(routing)
         experts = routing.experts if routing.served is None else routing.served  # (T, K)
-        order, counts = ops.sort_by_expert(experts, self.num_experts)  # (R,), (E,)
-        rows = ops.permute(tokens, order, experts.shape[1])  # (R, D)
-        answers = []
-        for name, part in zip(self.names, rows.split(counts.tolist()), strict=True):
-            if len(part):
-                answers.append(run_expert(self.experts[name], part, name))
-        if not answers:
-            return torch.zeros_like(tokens)
-        return ops.combine(torch.cat(answers), order, routing.weights)  # (T, D)
+        return mix(tokens, experts, routing.weights, self.experts)  # (T, D)
 
     def _surroundings(self, mask: Tensor | None) -> tuple[Tensor | None, Choice | None]:
         """The mask and the forced choice of this forward.
@@ -319,9 +320,14 @@ def _check_capacity(
         raise InputError(f"drop must be one of {', '.join(DROPS)}; got {drop!r}.")
 
 
-def _check_parity(parity: str, gate: str | nn.Module) -> None:
-    """Refuse an unknown implementation, and another gate beside it."""
+def _check_parity(parity: str, gate: str | nn.Module, drop: str) -> None:
+    """Refuse an unknown implementation, and another gate or way to drop beside it."""
     if parity != "deepspeed":
         raise InputError(f"parity must be 'deepspeed' or None, got {parity!r}.")
     if gate != "topk":
         raise InputError("parity='deepspeed' brings its own gate; leave `gate` out.")
+    if drop != "position":
+        raise InputError(
+            f"parity='deepspeed' drops as published; leave drop={drop!r} out. Its random selection is on; "
+            f"gate_args={{'use_rts': False}} turns it off."
+        )

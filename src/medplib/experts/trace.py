@@ -13,20 +13,24 @@ models that run in other threads are not heard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medplib.errors import InputError, UnknownNameError
+from medplib.errors import CheckpointError, InputError, UnknownNameError
 from medplib.experts.context import named_routers, observe
 
 if TYPE_CHECKING:
     from medplib.experts.router import MoERouter, Routing
+
+RECORDED = ("experts", "served", "weights", "probabilities")
 
 
 @dataclass
@@ -95,9 +99,39 @@ class LayerTrace:
 class RoutingTrace:
     """The recorded routing of a model: `layers` holds one LayerTrace per MoERouter, by qualified name."""
 
-    def __init__(self, routers: dict[str, MoERouter]) -> None:
+    def __init__(self, routers: Mapping[str, MoERouter]) -> None:
         self._keys = {id(router): name or "router" for name, router in routers.items()}
         self.layers = {name or "router": LayerTrace(router.names) for name, router in routers.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the recording to a safetensors file, to be compared or replayed elsewhere."""
+        from safetensors.torch import save_file
+
+        tensors, names = {}, {}
+        for layer, trace in self.layers.items():
+            names[layer] = list(trace.names)
+            for kind in RECORDED:
+                for call, tensor in enumerate(getattr(trace, kind)):
+                    tensors[f"{call}.{kind}.{layer}"] = tensor.cpu().contiguous()
+        save_file(tensors, path, metadata={"experts": json.dumps(names)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RoutingTrace:
+        """Read what `save` wrote. Raises CheckpointError for another file."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            experts = json.loads((file.metadata() or {}).get("experts", "{}"))
+            trace = cls({})
+            trace.layers = {layer: LayerTrace(tuple(names)) for layer, names in experts.items()}
+            places = [(*key.partition(".")[::2], key) for key in file.keys()]  # noqa: SIM118
+            known = {f"{kind}.{layer}" for kind in RECORDED for layer in experts}
+            if not experts or not all(call.isdigit() and place in known for call, place, _ in places):
+                raise CheckpointError(f"{path} is no recording of routing; RoutingTrace.save writes one.")
+            for _, place, key in sorted(places, key=lambda entry: int(entry[0])):
+                kind, _, layer = place.partition(".")
+                getattr(trace.layers[layer], kind).append(file.get_tensor(key))
+        return trace
 
     def receive(self, router: MoERouter, routing: Routing, shape: torch.Size, kept: Tensor | None) -> None:
         """Keep what a router decided (called by the router)."""
@@ -230,7 +264,8 @@ class RoutingTrace:
 
     def _to_cpu(self) -> None:
         for layer in self.layers.values():
-            for calls in (layer.experts, layer.served, layer.weights, layer.probabilities):
+            for kind in RECORDED:
+                calls = getattr(layer, kind)
                 calls[:] = [call.cpu() for call in calls]
 
 

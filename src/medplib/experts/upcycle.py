@@ -51,6 +51,8 @@ def upcycle(
         weight = next(block.parameters(), None)
         if weight is not None:
             router.gate.to(device=weight.device, dtype=weight.dtype)
+            if router.drop_noise is not None:
+                router.drop_noise.to(weight.device)
         routers[path] = router.train(block.training)
     for path, router in routers.items():
         parent, _, name = path.rpartition(".")

@@ -87,7 +87,7 @@ def is_official(content: Any) -> bool:
 
 
 def is_start(content: Mapping[str, Any]) -> bool:
-    """Whether a published config.json is LLaVA's: a start for training, without mask side or control tokens."""
+    """Whether a published config.json is LLaVA's, which has no mask side and no control tokens: a start."""
     return str(content.get("model_type")).startswith("llava")
 
 
@@ -114,7 +114,7 @@ def convert(
     if seg is None and is_start(content):
         text["vocab_size"] += CONTROL_TOKENS
     seg = text["vocab_size"] - CONTROL_TOKENS if seg is None else seg
-    pooler = {"max_points": content.get("max_sample_point") or 512, "official": True}
+    pooler = {"max_points": _number(content, "max_sample_point", 512), "official": True}
     if content.get("region_geo_sampler"):
         raise InputError(
             "region_geo_sampler is true: no published weights use it, and their names for it are not known. "
@@ -127,7 +127,7 @@ def convert(
                 "name": "clip",
                 "args": {
                     "config": clip.settings(),
-                    "select_layer": content.get("mm_vision_select_layer", -2),
+                    "select_layer": _number(content, "mm_vision_select_layer", -2),
                 },
             },
             "projector": {"name": "mlp2x_gelu"},
@@ -171,10 +171,13 @@ def _text(content: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"This published config.json lacks {', '.join(lacking)}; copy it again.")
     text = {key: content[key] for key in _TEXT_KEYS if content.get(key) is not None}
     text["model_type"] = "mistral" if content.get("model_type") == "llava_mistral" else "llama"
-    rope = {"rope_type": "default", "rope_theta": content.get("rope_theta") or 10000.0}
+    rope = {"rope_type": "default", "rope_theta": _number(content, "rope_theta", 10000.0)}
     scaling = content.get("rope_scaling")
-    if isinstance(scaling, Mapping):
-        rope |= {"rope_type": scaling.get("rope_type", scaling.get("type")), "factor": scaling.get("factor")}
+    if scaling is not None:
+        kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, Mapping) else None
+        if kind not in ("linear", "dynamic"):
+            raise InputError(f"rope_scaling must be null, or of type linear or dynamic, got {scaling!r:.80}.")
+        rope |= {"rope_type": kind, "factor": _number(scaling, "factor", 1.0)}
     return text | {"rope_parameters": rope}
 
 
@@ -199,13 +202,23 @@ def _mixture(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         "experts": expert_names(counts[0]),
         "layers": layers,
         "top_k": moe.get("top_k_experts") or 1,
-        "balance_loss_coef": float(moe.get("router_aux_loss_coef") or 0.0),
+        "balance_loss_coef": _number(moe, "router_aux_loss_coef", 0.0),
     }
     if changes.get("parity"):
         names = ("capacity_factor", "eval_capacity_factor", "min_capacity")
-        mixture |= {name: moe[name] for name in names if moe.get(name) is not None}
-        mixture |= {name: float(mixture[name]) for name in names[:2] if name in mixture}
+        defaults = (1.0, 1.0, 0)
+        mixture |= {name: _number(moe, name, value) for name, value in zip(names, defaults, strict=True)}
     return mixture | dict(changes)
+
+
+def _number(content: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A number of the default's type, or the default where there is none. Raises InputError for others."""
+    value = content.get(key)
+    if value is None:
+        return default
+    if type(value) is int or (type(value) is float and type(default) is float):
+        return type(default)(value)
+    raise InputError(f"{key} must be a number, got {value!r:.80}.")
 
 
 def _numbers(value: Any) -> list[int] | None:

@@ -32,8 +32,9 @@ _TEXT_KEYS = (
 def export_official(model: MedPLIB, folder: str | Path, max_shard_size: int | str = "5GB") -> Path:
     """Write a model in the published layout; returns the folder.
 
-    Sizes of CLIP and SAM have no place in it: a reader other than the published one needs them as `overrides`.
-    Raises InputError, before anything is written, for a model with parts that the published one does not have.
+    Sizes of CLIP and SAM have no place in it: where they are not the published ones, a reader needs them as
+    `overrides`. Raises InputError, before anything is written, for a model with parts that the published one
+    does not have.
     """
     folder = Path(folder)
     _check(model, folder)

@@ -83,7 +83,7 @@ class LegacyLlamaTokenizer:
         return [str(folder / name) for name in (MODEL_FILE, ADDED_FILE, CONFIG_FILE)]
 
     def add_control_tokens(self) -> None:
-        """Give the published control tokens the next free ids, in the published order; `<SEG>` is the first."""
+        """Give the control tokens the next free ids, in the published order; `<SEG>` is the first."""
         *words, start, end = CONTROL_TOKENS
         for token in (*words, *(f"<gen_{i}>" for i in range(1, GENERATED + 1)), start, end):
             self.added.setdefault(token, len(self))

@@ -1,0 +1,400 @@
+"""Published checkpoints load whole or not at all, from whatever files there are, and go out unchanged."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from parity.recorded_model import Recorded
+from safetensors.torch import load_file, save_file
+
+from medplib import CheckpointError, InputError, MedPLIB, UnknownNameError
+from medplib.checkpoints import load_sam
+from medplib.official.compat import quirks
+from medplib.official.export import export_official
+from medplib.official.names import official_name, our_name
+from medplib.prompts.types import Box
+
+
+@pytest.fixture(scope="module")
+def recorded(golden_dir):
+    return Recorded(golden_dir / "model_tiny")
+
+
+@pytest.fixture(scope="module")
+def model(recorded):
+    return recorded.load()
+
+
+@pytest.fixture
+def folder(recorded, tmp_path):
+    """A copy of the published folder, to change."""
+    copy = tmp_path / "published"
+    names = (
+        "config.json",
+        "tokenizer.model",
+        "added_tokens.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    )
+    copy.mkdir()
+    for name in names:
+        shutil.copy(recorded.folder / name, copy / name)
+    return copy
+
+
+@pytest.fixture
+def load(recorded, folder):
+    def make(**kwargs):
+        return MedPLIB.from_pretrained(folder, **{"overrides": recorded.overrides} | kwargs)
+
+    return make
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+def assert_equal(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_every_published_name_has_a_place_and_finds_back(recorded, model):
+    experts = model.config.moe.experts
+    ours = {name: our_name(name, experts) for name in recorded.json("keys")}
+    assert set(ours.values()) - {None} == set(model.state_dict())
+    assert all(official_name(name, experts) == theirs for theirs, name in ours.items() if name)
+
+
+def test_every_name_of_the_published_mask_side_has_a_place(golden):
+    """The full-size list: what the tiny one may lack, such as more blocks, is renamed alike."""
+    keys = golden("sam/sam_med2d_vit_b_keys.json")
+    names = keys if isinstance(keys, list) else keys.get("keys", keys)
+    assert len(names) > 300
+    for name in names:
+        ours = our_name(f"model.visual_model.{name}")
+        assert ours.split(".")[0] in ("mask_encoder", "prompt_encoder", "mask_decoder")
+        assert official_name(ours) == f"model.visual_model.{name}"
+
+
+def test_import_and_export_give_the_same_file(recorded, model, tmp_path):
+    export_official(model, tmp_path)
+    theirs, ours = load_file(recorded.folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        assert value.dtype == ours[name].dtype
+        assert torch.equal(value, ours[name]), name
+    for name in ("config.json", "added_tokens.json"):
+        assert json.loads((recorded.folder / name).read_text()) == json.loads((tmp_path / name).read_text())
+    model_file = "tokenizer.model"
+    assert (recorded.folder / model_file).read_bytes() == (tmp_path / model_file).read_bytes()
+
+
+def test_shards_load_whatever_index_lies_beside_them(recorded, model, tmp_path):
+    export_official(model, tmp_path, max_shard_size="200KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "gone.bin"}}')
+    assert_equal(MedPLIB.from_pretrained(tmp_path, overrides=recorded.overrides), model)
+    shards[1].unlink()
+    with pytest.raises(CheckpointError, match="lacks shard 2 of"):
+        MedPLIB.from_pretrained(tmp_path, overrides=recorded.overrides)
+
+
+def test_a_bin_file_alone_loads(recorded, model, folder, load):
+    (folder / "model.safetensors").unlink()
+    shutil.copy(recorded.folder / "pytorch_model.bin", folder)
+    assert_equal(load(), model)
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code from a pickle ran",)
+
+
+def test_code_in_a_pickle_is_refused(folder, load, capsys):
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.ones(3), "x": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="more than tensors"):
+        load()
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_our_own_save_carries_our_names_and_loads_without_overrides(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict())
+    again = MedPLIB.from_pretrained(tmp_path)
+    assert_equal(again, model)
+    image = torch.zeros(20, 30, 3, dtype=torch.uint8).numpy()
+    one, two = (
+        m.ask(image, "What is <region>?", [Box(2, 2, 9, 9)], max_new_tokens=3) for m in (model, again)
+    )
+    assert one.text == two.text
+
+
+def test_missing_and_unexpected_tensors_are_listed(folder, load):
+    def change(state):
+        state["model.surprise.weight"] = state.pop("model.norm.weight")
+        return state
+
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=r"missing .*norm\.weight.*unexpected .*surprise"):
+        load()
+
+
+def test_sizes_that_do_not_fit_are_listed(folder, recorded):
+    with pytest.raises(CheckpointError, match=r"other shape mask_decoder.*mlp.* for \(7,\)"):
+        MedPLIB.from_pretrained(
+            folder, overrides=recorded.overrides | {"sam": recorded.dims["sam"] | {"dec_mlp": 7}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sam": {"depht": 2}}, "depht"),
+        ({"vision": {}}, "'vision'"),
+        ({"clip": {"heads": "4"}}, "whole numbers"),
+    ],
+)
+def test_a_misspelt_override_is_refused(folder, overrides, message):
+    with pytest.raises(InputError, match=message):
+        MedPLIB.from_pretrained(folder, overrides=overrides)
+
+
+def test_overrides_are_refused_for_our_own_layout(tiny_folder):
+    with pytest.raises(InputError, match="published layouts"):
+        MedPLIB.from_pretrained(tiny_folder, overrides={})
+
+
+def without_clip(state):
+    return {name: value for name, value in state.items() if "vision_tower" not in name}
+
+
+def test_an_absent_clip_tower_is_named_and_not_fetched(folder, load, monkeypatch):
+    from medplib import loading
+
+    monkeypatch.setattr(loading, "snapshot_download", lambda *a, **k: pytest.fail("something was fetched"))
+    change_weights(folder, without_clip)
+    change_config(folder, mm_vision_tower="/home/authors/clip", auto_map={"AutoModel": "evil.Model"})
+    with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14-336"):
+        load()
+
+
+def test_an_absent_clip_tower_comes_from_where_the_caller_says(recorded, folder, load, model, tmp_path):
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    shutil.copy(recorded.folder / "clip-tiny" / "config.json", tower)
+    prefix = "model.vision_tower.vision_tower."
+    state = load_file(folder / "model.safetensors")
+    vision = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    vision["vision_model.embeddings.position_ids"] = torch.arange(5)  # an old buffer, not needed
+    vision["text_model.final_layer_norm.weight"] = torch.ones(4)
+    save_file(vision, tower / "model.safetensors")
+    change_weights(folder, without_clip)
+    with pytest.warns(UserWarning, match="CLIP tower is not in the checkpoint; it is taken from"):
+        loaded = load(clip=tower)
+    assert_equal(loaded, model)
+
+
+def test_from_the_hub_the_tower_comes_from_its_own_repository(recorded, folder, model, tmp_path, monkeypatch):
+    """One call for each, and what the configuration names is not what is asked for."""
+    from medplib import loading
+
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    prefix = "model.vision_tower.vision_tower."
+    state = load_file(folder / "model.safetensors")
+    vision = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    (tower / "config.json").write_text("{}")
+    torch.save(vision, tower / "pytorch_model.bin")
+    change_weights(folder, without_clip)
+    change_config(folder, mm_vision_tower="/home/authors/openai/clip-vit-large-patch14-336")
+    places = {"Huangxs/MedPLIB-7b-2e": folder, "openai/clip-vit-large-patch14-336": tower}
+    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: str(places[name]))
+    with pytest.warns(UserWarning, match="taken from 'openai/clip-vit-large-patch14-336'"):
+        loaded = MedPLIB.from_pretrained("Huangxs/MedPLIB-7b-2e", overrides=recorded.overrides)
+    assert_equal(loaded, model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mm_vision_select_layer": "import os"},
+        {"max_sample_point": [1]},
+        {"hidden_size": "48"},
+        {"num_hidden_layers": 10**9},
+        {"mm_projector_type": "linear"},
+        {"torch_dtype": "__import__"},
+        {"moe": {"num_experts": [2, 2], "moe_layers_idx": [0, 1], "router_aux_loss_coef": "x"}},
+        {"moe": [1]},
+        {"rope_scaling": {"type": "evil", "factor": 2.0}},
+    ],
+)
+def test_a_damaged_published_configuration_is_an_input_error(folder, load, change):
+    change_config(folder, **change)
+    with pytest.raises(InputError):
+        load()
+
+
+def as_dense(state):
+    """The published dense runs: every layer has the FFN that expert 0 has in the mixture."""
+    dense = {}
+    for name, value in state.items():
+        if ".experts.deepspeed_experts.0." in name:
+            dense[name.replace("deepspeed_moe.experts.deepspeed_experts.0.", "")] = value
+        elif "deepspeed_moe" not in name:
+            dense[name] = value
+    return dense
+
+
+def test_a_dense_published_run_loads(folder, load, model, golden):
+    content = golden("moe_init/moe_init.json")["stage_config_json"]
+    (folder / "config.json").write_text(json.dumps(content))
+    change_weights(folder, as_dense)
+    dense = load()
+    assert dense.config.moe is None
+    first = model.config.moe.experts[0]
+    for name, value in dense.state_dict().items():
+        theirs = name.replace(".mlp.", f".mlp.experts.{first}.") if ".layers." in name else name
+        theirs = theirs if theirs in model.state_dict() else name
+        assert torch.equal(value, model.state_dict()[theirs]), name
+
+
+def test_a_llava_checkpoint_becomes_a_start(folder, load, recorded):
+    words = recorded.dims["seg_token_idx"]
+
+    def change(state):
+        rows = ("model.embed_tokens.weight", "lm_head.weight")
+        kept = ("model.layers", "model.norm", "model.mm_projector", "model.vision_tower")
+        cut = {name: value[:words].clone() for name, value in state.items() if name in rows}
+        return cut | {name: value for name, value in as_dense(state).items() if name.startswith(kept)}
+
+    change_weights(folder, change)
+    (folder / "added_tokens.json").unlink()
+    change_config(folder, model_type="llava_llama", vocab_size=words, moe=None)
+    start = load()
+    rows = start.get_input_embeddings().weight
+    assert len(rows) == recorded.dims["vocab"]
+    torch.testing.assert_close(rows[words], rows[:words].mean(0))
+    assert start.processor.tokenizer.get_added_vocab() == recorded.json("added_tokens")
+    assert start.config.tokens.seg == words
+
+
+def test_adapters_are_merged_on_the_way(folder, load, model):
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def change(state):
+        state = {f"base_model.model.{key}": value for key, value in state.items()}
+        weight = state.pop(f"base_model.model.{name}")
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        change.wanted = weight + 3.0 * (up @ down)
+        extra = {"base_layer.weight": weight, "lora_A.default.weight": down, "lora_B.default.weight": up}
+        return state | {f"{stem}.{key}": value for key, value in extra.items()}
+
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        load()
+    (folder / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 6}')
+    merged = load().state_dict()[our_name(name)]
+    torch.testing.assert_close(merged, change.wanted)
+
+
+def test_an_adapter_folder_is_merged_into_the_folder_it_was_trained_on(folder, load, model, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 2}')
+    stem = "base_model.model.model.layers.1.self_attn.v_proj"
+    width = model.config.text_config.hidden_size
+    pair = {f"{stem}.lora_A.weight": torch.ones(1, width), f"{stem}.lora_B.weight": torch.ones(width, 1)}
+    save_file(pair, adapter / "adapter_model.safetensors")
+    name = "language_model.model.layers.1.self_attn.v_proj.weight"
+    torch.testing.assert_close(load(adapter=adapter).state_dict()[name], model.state_dict()[name] + 2)
+
+
+def test_sam_weights_fill_the_mask_side_or_nothing(recorded, model, tmp_path):
+    state = load_file(recorded.folder / "model.safetensors")
+    start = "model.visual_model."
+    sam = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    sam["pixel_mean"] = torch.ones(3, 1, 1)
+    torch.save({"model": sam}, tmp_path / "sam.pth")
+    other = MedPLIB(model.config)
+    load_sam(other, tmp_path / "sam.pth")
+    assert torch.equal(other.mask_encoder.network.pos_embed, model.mask_encoder.network.pos_embed)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    torch.save({"model": {**sam, "mask_decoder.iou_token.weight": torch.ones(2, 2)}}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match=r"other shape mask_decoder\.iou_token"):
+        load_sam(other, tmp_path / "bad.pth")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_and_device_map_work_as_for_our_own_files(load, dtype):
+    loaded = load(dtype=dtype, device_map="cpu")
+    assert {value.dtype for value in loaded.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "moe", [{"use_residual": True}, {"num_experts": [2, 3]}, {"moe_layers_idx": [9]}, {"num_experts": "none"}]
+)
+def test_a_mixture_that_cannot_be_represented_is_refused(folder, load, moe):
+    content = json.loads((folder / "config.json").read_text())
+    change_config(folder, moe=content["moe"] | moe)
+    with pytest.raises(InputError, match="moe"):
+        load()
+
+
+def test_layers_written_as_text_are_read(folder, load, model):
+    content = json.loads((folder / "config.json").read_text())
+    layers = ",".join(map(str, content["moe"]["moe_layers_idx"]))
+    change_config(folder, moe=content["moe"] | {"moe_layers_idx": layers})
+    assert_equal(load(), model)
+
+
+def test_quirks_are_off_by_default_and_found_by_name():
+    assert not quirks(None).choose_states
+    assert not any(vars(quirks(None)).values())
+    assert quirks("official").first_seg
+    assert quirks(["crop"]).crop
+    assert not quirks(["crop"]).threshold
+    with pytest.raises(UnknownNameError, match="first_seg"):
+        quirks("firstseg")
+
+
+def test_an_answer_in_compat_mode_always_has_one_mask(model, pictures):
+    plain = model.ask(pictures[0], "What is it?", max_new_tokens=2)
+    forced = model.ask(pictures[0], "What is it?", max_new_tokens=2, compat="official")
+    assert forced.text == plain.text
+    assert len(forced.findings) == 1
+    assert forced.findings[0].mask.shape == pictures[0].shape[:2]
+
+
+def test_the_command_exports(model, tmp_path):
+    from typer.testing import CliRunner
+
+    from medplib.apps.cli import app
+
+    model.save_pretrained(tmp_path / "ours")
+    words = ["export", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--format", "official"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    exported = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert set(exported) == {official_name(n, model.config.moe.experts) for n in model.state_dict()} | {
+        name for name in exported if name.endswith("inv_freq")
+    }
+
+
+def test_another_model_than_the_published_cannot_be_exported(tiny_model, tmp_path):
+    with pytest.raises(InputError, match=r"vision\.tower"):
+        export_official(tiny_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
