@@ -8,9 +8,10 @@ import torch
 from parity.recorded_model import Recorded
 from safetensors.torch import load_file, save_file
 
-from medplib import CheckpointError, InputError, MedPLIB, UnknownNameError
+from medplib import CheckpointError, InputError, MedPLIB, MedPLIBConfig, UnknownNameError
 from medplib.checkpoints import load_sam
 from medplib.official.compat import quirks
+from medplib.official.configuration import convert
 from medplib.official.export import export_official
 from medplib.official.names import official_name, our_name
 from medplib.prompts.types import Box
@@ -83,6 +84,26 @@ def test_every_name_of_the_published_mask_side_has_a_place(golden):
         ours = our_name(f"model.visual_model.{name}")
         assert ours.split(".")[0] in ("mask_encoder", "prompt_encoder", "mask_decoder")
         assert official_name(ours) == f"model.visual_model.{name}"
+
+
+def test_without_overrides_the_sizes_are_the_published_ones(golden):
+    """The mask side of a full-size model, built without memory, has the published names and shapes."""
+    content = {
+        "model_type": "medplib_moe_llama", "vocab_size": 32267, "hidden_size": 4096, "num_hidden_layers": 1,
+        "intermediate_size": 11008, "num_attention_heads": 32,
+        "moe": {"num_experts": [2], "moe_layers_idx": [0], "top_k_experts": 1},
+    }  # fmt: skip
+    with torch.device("meta"):
+        model = MedPLIB(MedPLIBConfig(**convert(content)))
+    published = golden("sam/sam_med2d_vit_b_keys.json")
+    start = "model.visual_model."
+    ours = {official_name(k, model.config.moe.experts): list(v.shape) for k, v in model.state_dict().items()}
+    ours = {name.removeprefix(start): shape for name, shape in ours.items() if name.startswith(start)}
+    theirs = published.get("keys", published)
+    theirs = {name: fact["shape"] if isinstance(fact, dict) else fact for name, fact in theirs.items()}
+    assert ours == {name: list(shape) for name, shape in theirs.items()}
+    assert model.config.tokens.seg == 32000
+    assert model.num_image_tokens == 576
 
 
 def test_import_and_export_give_the_same_file(recorded, model, tmp_path):

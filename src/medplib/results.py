@@ -38,8 +38,8 @@ _SOFTWARE = "medplib"  # written into our PNG files, so that they are known as o
 class Finding:
     """One structure the model points at.
 
-    label: its name; mask: bool (H, W) in pixels of the original image; score: the model's own estimate of the
-    mask's overlap with the truth, 0 to 1; image: index of the image it was found in.
+    label: its name; mask: bool (H, W) in pixels of the original image; score: the mean
+    probability of the mask's pixels, 0 to 1, not calibrated; image: index of the image it was found in.
     """
 
     label: str
