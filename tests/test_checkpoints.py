@@ -8,9 +8,8 @@ import torch
 from parity.recorded_model import Recorded
 from safetensors.torch import load_file, save_file
 
-from medplib import CheckpointError, InputError, MedPLIB, MedPLIBConfig, UnknownNameError
+from medplib import CheckpointError, InputError, MedPLIB, MedPLIBConfig
 from medplib.checkpoints import load_sam
-from medplib.official.compat import quirks
 from medplib.official.configuration import convert
 from medplib.official.export import export_official
 from medplib.official.names import official_name, our_name
@@ -78,9 +77,8 @@ def test_every_published_name_has_a_place_and_finds_back(recorded, model):
 def test_every_name_of_the_published_mask_side_has_a_place(golden):
     """The full-size list: what the tiny one may lack, such as more blocks, is renamed alike."""
     keys = golden("sam/sam_med2d_vit_b_keys.json")
-    names = keys if isinstance(keys, list) else keys.get("keys", keys)
-    assert len(names) > 300
-    for name in names:
+    assert len(keys) > 300
+    for name in keys:
         ours = our_name(f"model.visual_model.{name}")
         assert ours.split(".")[0] in ("mask_encoder", "prompt_encoder", "mask_decoder")
         assert official_name(ours) == f"model.visual_model.{name}"
@@ -99,9 +97,7 @@ def test_without_overrides_the_sizes_are_the_published_ones(golden):
     start = "model.visual_model."
     ours = {official_name(k, model.config.moe.experts): list(v.shape) for k, v in model.state_dict().items()}
     ours = {name.removeprefix(start): shape for name, shape in ours.items() if name.startswith(start)}
-    theirs = published.get("keys", published)
-    theirs = {name: fact["shape"] if isinstance(fact, dict) else fact for name, fact in theirs.items()}
-    assert ours == {name: list(shape) for name, shape in theirs.items()}
+    assert ours == published
     assert model.config.tokens.seg == 32000
     assert model.num_image_tokens == 576
 
@@ -115,8 +111,7 @@ def test_import_and_export_give_the_same_file(recorded, model, tmp_path):
         assert torch.equal(value, ours[name]), name
     for name in ("config.json", "added_tokens.json"):
         assert json.loads((recorded.folder / name).read_text()) == json.loads((tmp_path / name).read_text())
-    model_file = "tokenizer.model"
-    assert (recorded.folder / model_file).read_bytes() == (tmp_path / model_file).read_bytes()
+    assert (recorded.folder / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
 
 
 def test_shards_load_whatever_index_lies_beside_them(recorded, model, tmp_path):
@@ -380,24 +375,6 @@ def test_layers_written_as_text_are_read(folder, load, model):
     layers = ",".join(map(str, content["moe"]["moe_layers_idx"]))
     change_config(folder, moe=content["moe"] | {"moe_layers_idx": layers})
     assert_equal(load(), model)
-
-
-def test_quirks_are_off_by_default_and_found_by_name():
-    assert not quirks(None).choose_states
-    assert not any(vars(quirks(None)).values())
-    assert quirks("official").first_seg
-    assert quirks(["crop"]).crop
-    assert not quirks(["crop"]).threshold
-    with pytest.raises(UnknownNameError, match="first_seg"):
-        quirks("firstseg")
-
-
-def test_an_answer_in_compat_mode_always_has_one_mask(model, pictures):
-    plain = model.ask(pictures[0], "What is it?", max_new_tokens=2)
-    forced = model.ask(pictures[0], "What is it?", max_new_tokens=2, compat="official")
-    assert forced.text == plain.text
-    assert len(forced.findings) == 1
-    assert forced.findings[0].mask.shape == pictures[0].shape[:2]
 
 
 def test_the_command_exports(model, tmp_path):
