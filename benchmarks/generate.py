@@ -30,6 +30,7 @@ from medplib.configuration import MedPLIBConfig
 from medplib.modeling import MedPLIB
 
 SIZES = {  # hidden, FFN, layers, heads, words
+    "tiny": (32, 64, 2, 2, 32267),
     "published": (512, 1376, 8, 8, 32267),  # the width at which the published code was measured
     "mid": (768, 2048, 16, 12, 32267),
     "7b": (4096, 11008, 32, 32, 32267),

@@ -166,7 +166,7 @@ def freeze_half(peers: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {"dense": peers["dense"], "medplib": router, "medplib, every other expert frozen": half}
 
 
-def count_rows(peer: nn.Module, x: Tensor) -> int | None:
+def count_rows(peer: nn.Module, x: Tensor, training: bool) -> int | None:
     """Rows given to expert modules in one forward; None where the experts are no modules."""
     from medplib.experts import SwiGLU
 
@@ -177,7 +177,7 @@ def count_rows(peer: nn.Module, x: Tensor) -> int | None:
         if isinstance(module, SwiGLU)
     ]
     with torch.no_grad():
-        peer.eval()(x)
+        peer.train(training)(x)
     for hook in hooks:
         hook.remove()
     return sum(rows) if hooks else None
@@ -194,7 +194,7 @@ def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
         if why := check(name, peer, w, x, training):
             absent[name] = why
             del peers[name]
-    rows = {name: count_rows(peer, x) for name, peer in peers.items()}
+    rows = {name: count_rows(peer, x, training) for name, peer in peers.items()}
     if kind == "frozen":
         peers = freeze_half(peers)
     runs: dict[str, Callable[[], object]] = {}
