@@ -241,4 +241,10 @@ def groupable(tokens: Tensor, weight: Tensor) -> bool:
     if kind != torch.bfloat16:  # what grouped_mm takes everywhere, under torch.compile too
         return False
     # On other GPUs torch falls back to a loop that reads the offsets.
-    return not tokens.is_cuda or torch.cuda.get_device_capability(tokens.device)[0] in (9, 10)
+    return not tokens.is_cuda or _generation(tokens.device.index) in (9, 10)
+
+
+@torch.compiler.assume_constant_result
+def _generation(device: int) -> int:
+    """The major compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)[0]
