@@ -213,9 +213,11 @@ def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
     for run in runs.values():
         timed(run, device, least)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device, least))
+    names = list(runs)
+    for turn in range(options.rounds):
+        first = turn % len(names)  # none of them always comes first
+        for name in names[first:] + names[:first]:
+            seconds[name].append(timed(runs[name], device, least))
     base = seconds["dense"]
     lines = []
     for name, values in seconds.items():
