@@ -95,7 +95,9 @@ def status() -> dict[str, str]:
 
 def _describe(device: str) -> str:
     if loaded(device):
-        return f"compiled ({_state.paths[device].name})"
+        path = _state.paths[device]
+        when = "at installation" if path.parent == Path(__file__).parent else "on this machine"
+        return f"compiled {when} ({path.name})"
     if device in _state.reasons:
         return f"PyTorch ({_state.reasons[device]})"
     if device == "cpu":
