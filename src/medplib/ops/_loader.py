@@ -85,6 +85,10 @@ def _load(device: str) -> None:
             return
         path = _build.build(device)
     torch.ops.load_library(path)
+    if not _state.paths:
+        from medplib.ops.library import count_operations
+
+        count_operations()
     _state.paths[device] = path
 
 
