@@ -286,7 +286,7 @@ def decode_ffn(
 
 
 def count_choices(experts: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs in `experts` (...): (E,) int64. E, for none, is not counted; no host sync."""
+    """How often each expert occurs in `experts` (...): (E,) int64, without host sync. E is not counted."""
     flat = experts.reshape(-1)  # (n,)
     ones = torch.ones_like(flat)
     return ones.new_zeros(num_experts + 1).scatter_add(0, flat, ones)[:num_experts]
