@@ -180,6 +180,21 @@ def test_library_is_built_once_and_found_again(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+def test_machine_without_nvcc_compiles_the_rest_and_says_so(tmp_path, monkeypatch, capsys):
+    def no_nvcc():
+        raise _build.BuildError("no nvcc")
+
+    writes = 'while [ "$1" != -o ]; do shift; done; echo library > "$2"'
+    monkeypatch.setenv("CXX", compiler(tmp_path, writes))
+    monkeypatch.setenv("MEDPLIB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_build, "cuda_compiler", no_nvcc)
+    assert _build.main([]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"cpu: {tmp_path}")
+    assert said[1] == "cuda: not compiled: no nvcc"
+    assert _build.main(["--cuda"]) == 1  # asked for by name
+
+
 def test_failed_compiler_leaves_nothing_and_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler(tmp_path, "echo no such header >&2; exit 1"))
     with pytest.raises(_build.BuildError, match="no such header"):
