@@ -106,6 +106,8 @@ def test_whether_embeddings_are_tied_is_the_language_models_business(tied):
         ({"moe": {"experts": []}}, r"moe\.experts must be a list of different names"),
         ({"moe": {"experts": ["a", "a"]}}, r"moe\.experts must be a list of different names"),
         ({"moe": {"experts": [str(i) for i in range(300)]}}, "at most 256 names, got 300"),
+        ({"moe": {"drop": "any"}}, "moe: .*drop"),
+        ({"moe": {"z_loss_coef": math.inf}}, r"moe\.z_loss_coef must be a finite number"),
         ({"moe": {"top_k": 3}}, r"moe\.top_k must be between 1 and 2"),
         ({"moe": {"top_k": True}}, "moe: .*'top_k' expected int, got bool"),
         ({"moe": {"balance_loss_coef": math.nan}}, r"moe\.balance_loss_coef must be a finite number"),

@@ -107,6 +107,13 @@ def test_wrong_option_is_named(options, message):
 # Balance by bias
 
 
+def test_setting_that_a_gate_does_not_have_is_named():
+    with pytest.raises(
+        InputError, match=r"The gate 'topk' has no setting scal\. Known: top_k, score, .*scale"
+    ):
+        make_router(4, gate_args={"scal": 2.0})
+
+
 def test_bias_follows_the_load_and_is_no_part_of_the_weights():
     gate = make_gate(4, bias_rate=0.5, bias_update="call")
     tokens = torch.randn(30, DIM)

@@ -249,6 +249,57 @@ def test_a_loss_with_weight_zero_is_not_computed_and_the_balance_is_on_request(n
     assert out.loss.item() == pytest.approx(total.item())
 
 
+def test_every_setting_of_the_mixture_goes_through_a_saved_model(new_model, samples, tmp_path):
+    moe = {
+        "experts": ["a", "b", "c", "d"], "top_k": 2, "score": "sigmoid", "renormalize": True,
+        "balance_loss_coef": 0.1, "sequence_loss_coef": 0.2, "z_loss_coef": 0.3,
+        "capacity_factor": 1.0, "eval_capacity_factor": 1.5, "min_capacity": 2, "drop": "random", "seed": 5,
+        "gate_args": {
+            "scale": 2.5, "groups": 2, "top_groups": 1, "group_best": 2, "bias_rate": 0.01,
+            "noise": "gumbel", "noise_scale": 0.5, "seed": 9,
+        },
+    }  # fmt: skip
+    model = new_model(moe=moe)
+    routers = [layer.mlp for layer in model.get_decoder().layers]
+    assert [int(router.drop_noise.state[0]) for router in routers] == [5, 6]
+    assert [int(router.gate.draws.state[0]) for router in routers] == [9, 10]
+    assert {router.drop for router in routers} == {"random"}
+    assert {router.gate.scale for router in routers} == {2.5}
+    tensors = train_batch(model, samples)
+    model.train()
+    out = model(**tensors)  # moves the load bias and the counters of the noise
+    assert out.losses.keys() >= {"balance", "sequence", "z"}
+    plain = sum(value * getattr(model.config.losses, name, 0.0) for name, value in out.losses.items())
+    aux = sum(out.losses[name] * moe[f"{name}_loss_coef"] for name in ("balance", "sequence", "z"))
+    assert out.loss.item() == pytest.approx((plain + aux).item(), rel=1e-5)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.config.moe == model.config.moe
+    again.train()
+    model(**tensors), again(**tensors)  # both move on from the same counters
+    for one, other in zip(routers, [layer.mlp for layer in again.get_decoder().layers], strict=True):
+        assert torch.equal(one.gate.bias.steps, other.gate.bias.steps)
+        assert torch.equal(one.gate.draws.state, other.gate.draws.state)
+    torch.testing.assert_close(again.eval()(**tensors).logits, model.eval()(**tensors).logits)
+
+
+def test_tokens_of_a_question_are_counted_by_type(new_model, samples):
+    model = new_model()
+    batch = model.processor(questions(samples))
+    ids = batch.tensors["input_ids"]
+    types = model.config.tokens.types(ids)
+    with record_routing(model) as trace:
+        model.generate_with_states(batch, max_new_tokens=3)
+    seg = model.config.tokens.seg
+    names = {-200: "image", -300: "region", seg: "<SEG>"}
+    assert types == [[names.get(i, "text") for i in row] for row in ids.tolist()]
+    shares = trace.by_token_type(types, rest="generated")
+    for layer in shares.values():
+        assert layer.keys() == {"image", "region", "<SEG>", "text", "generated"}
+        assert all(sum(share.values()) == pytest.approx(1) for share in layer.values())
+    assert model.config.tokens.types([seg, 5, -200]) == ["<SEG>", "text", "image"]
+
+
 def test_a_batch_in_which_nothing_is_learned_has_a_loss_of_zero_with_a_graph(new_model, samples):
     model = new_model()
     tensors = train_batch(model, [samples[2]])

@@ -60,6 +60,20 @@ def test_recording_changes_neither_output_nor_gradient(model):
     assert not trace[0].probabilities[0].requires_grad
 
 
+def test_compiled_model_is_recorded_as_the_plain_one_is(model):
+    x = torch.randn(2, 9, DIM)
+    with record_routing(model) as plain:
+        model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with record_routing(model) as trace:
+        for _ in range(2):
+            compiled(x)
+    for name, layer in plain.layers.items():
+        assert all(torch.equal(call, layer.experts[0]) for call in trace[name].experts)
+        assert len(trace[name].experts) == 2
+
+
 def test_masked_tokens_are_marked_and_not_counted(model):
     mask = torch.tensor([[True, True, False], [False, True, True]])
     with record_routing(model) as trace, routing_mask(mask):

@@ -60,7 +60,10 @@ class MoEConfig:
 
     `layers` are the indices of the decoder layers whose FFN becomes a mixture; None means all of them.
     The defaults are the published ones: two experts, top-1, raw softmax probability, dropless in evaluation.
-    The last five are arguments of MoERouter: limits to what an expert takes, and the published gating.
+    All others are arguments of MoERouter: the losses' coefficients, limits to what an expert takes and whom
+    it drops, the published gating. `gate_args` holds what else the gate takes, by name: for "topk" scale,
+    groups, top_groups, group_best, bias_rate, bias_update, noise, noise_scale and seed. A seed is that of
+    layer 0, and each layer adds its index.
     """
 
     experts: list[str] = field(default_factory=lambda: ["grounding", "vqa"])
@@ -70,9 +73,13 @@ class MoEConfig:
     renormalize: bool = False
     gate: str = "topk"
     balance_loss_coef: float = 0.0
+    sequence_loss_coef: float = 0.0
+    z_loss_coef: float = 0.0
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
     min_capacity: int = 0
+    drop: Literal["position", "probability", "random"] = "position"
+    seed: int | None = None
     gate_args: dict = field(default_factory=dict)
     parity: Literal["deepspeed"] | None = None
 
@@ -86,7 +93,8 @@ class MoEConfig:
                 f"moe.top_k must be between 1 and {len(self.experts)} (the number of experts), "
                 f"got {self.top_k}."
             )
-        _check_weight("moe.balance_loss_coef", self.balance_loss_coef)
+        for name in ("balance_loss_coef", "sequence_loss_coef", "z_loss_coef"):
+            _check_weight(f"moe.{name}", getattr(self, name))
         _check_plain("moe.gate_args", self.gate_args)
 
 
@@ -166,6 +174,20 @@ class TokenConfig:
     def __post_init__(self):
         if len({self.image, self.region, self.seg}) < 3 or self.seg < 0:
             raise InputError(f"tokens needs three different ids, seg in the vocabulary; got {asdict(self)}.")
+
+    def types(self, input_ids: Any) -> list:
+        """What each token is, in the shape of input_ids (...): "image", "region", "<SEG>" or "text".
+
+        With it `RoutingTrace.by_token_type` says which expert serves what:
+
+            trace.by_token_type(config.tokens.types(batch["input_ids"]), rest="generated")
+        """
+        names = {self.image: "image", self.region: "region", self.seg: "<SEG>"}
+
+        def named(ids: Any) -> Any:
+            return [named(item) for item in ids] if isinstance(ids, list) else names.get(ids, "text")
+
+        return named(input_ids.tolist() if hasattr(input_ids, "tolist") else list(input_ids))
 
 
 @strict

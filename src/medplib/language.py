@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,20 +42,32 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
 
 
 def install_mixtures(
-    language_model: PreTrainedModel, layers: Sequence[int], experts: Sequence[str], **router_args
+    language_model: PreTrainedModel,
+    layers: Sequence[int],
+    experts: Sequence[str],
+    *,
+    seed: int | None = None,
+    gate_args: Mapping[str, Any] | None = None,
+    **router_args: Any,
 ) -> None:
     """Replace the FFN of each layer in `layers` by a MoERouter whose named experts are copies of that FFN.
 
     The experts keep the FFN's own class and parameter names, so LoRA targets and checkpoint keys stay the
-    usual ones. Everything is built before anything is replaced.
+    usual ones. Everything is built before anything is replaced. Layer i takes the seeds given plus i, so that
+    layers do not draw alike.
     """
     from medplib.experts.router import MoERouter
 
     blocks = decoder_layers(language_model)
     width = language_model.config.hidden_size
-    built = {
-        i: MoERouter(width, experts={n: copy.deepcopy(blocks[i].mlp) for n in experts}, **router_args)
-        for i in layers
-    }
+    built = {}
+    for i in layers:
+        gate = dict(gate_args or {})
+        if gate.get("seed") is not None:
+            gate["seed"] += i
+        built[i] = MoERouter(
+            width, experts={name: copy.deepcopy(blocks[i].mlp) for name in experts},
+            seed=None if seed is None else seed + i, gate_args=gate, **router_args,
+        )  # fmt: skip
     for i, router in built.items():
         blocks[i].mlp = router

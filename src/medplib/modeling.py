@@ -90,7 +90,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
                 self.language_model, config.moe_layers, m.experts, top_k=m.top_k, score=m.score,
                 renormalize=m.renormalize, gate=m.gate, gate_args=m.gate_args, parity=m.parity,
                 capacity_factor=m.capacity_factor, eval_capacity_factor=m.eval_capacity_factor,
-                min_capacity=m.min_capacity,
+                min_capacity=m.min_capacity, drop=m.drop, seed=m.seed,
             )  # fmt: skip
         vision, mask = config.vision, config.mask
         self.vision_tower = VISION_TOWERS.build(vision.tower.name, **vision.tower.args)
@@ -272,10 +272,12 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             use_cache = False
         embeds = self.embed(input_ids, features, image_index, region_masks, region_images)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        balance = self.config.moe.balance_loss_coef if self.config.moe and labels is not None else 0.0
-        listening = collect_aux_losses(self) if balance else nullcontext()
         if past_key_values is not None and input_ids.shape[1] == 1:
             mask = None  # what is generated is never padding
+        moe = self.config.moe if labels is not None else None
+        coefs = {name: getattr(moe, f"{name}_loss_coef", 0.0) for name in ("balance", "sequence", "z")}
+        coefs = {name: coef for name, coef in coefs.items() if coef}
+        listening = collect_aux_losses(self) if coefs else nullcontext()
         with routing_mask(None if mask is None else mask[:, -input_ids.shape[1] :]), listening as aux:
             out = self.get_decoder()(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
@@ -292,8 +294,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         if labels is not None:
             result.losses = self._losses(result, labels, masks)
             weights = dataclasses.asdict(self.config.losses)
-            if aux is not None:
-                result.losses["balance"], weights["balance"] = aux.balance(), balance
+            for name, coef in coefs.items():
+                result.losses[name], weights[name] = getattr(aux, name)(), coef
             result.loss = sum(weights[name] * value for name, value in result.losses.items())
         return result
 

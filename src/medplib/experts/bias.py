@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from medplib import ops
 from medplib.errors import InputError
 from medplib.experts.context import is_recomputation
 
@@ -58,7 +59,7 @@ class LoadBias(nn.Module):
     def count(self, experts: Tensor) -> None:
         """Add the choices of a forward, experts (T, K), to the load."""
         if not is_recomputation():
-            self.load += torch.bincount(experts.reshape(-1), minlength=len(self.load))
+            self.load += ops.count_choices(experts, len(self.load))
 
     @torch.no_grad()
     def update(self) -> None:

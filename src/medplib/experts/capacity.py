@@ -47,7 +47,7 @@ def keep_best(experts: Tensor, priority: Tensor, num_experts: int, capacity: int
     flat = experts.reshape(-1)  # (T*K,)
     by_priority = priority.detach().reshape(-1).argsort(descending=True, stable=True)  # (T*K,)
     order = by_priority[flat[by_priority].argsort(stable=True)]  # (T*K,) by expert, then by priority
-    counts = torch.bincount(flat, minlength=num_experts + 1)  # (E+1,)
+    counts = ops.count_choices(flat, num_experts + 1)  # (E+1,) those without an expert too
     starts = (counts.cumsum(0) - counts)[flat[order]]  # (T*K,)
     late = torch.arange(len(flat), device=flat.device) - starts >= capacity  # (T*K,)
     dropped = torch.zeros_like(late).index_copy(0, order, late)

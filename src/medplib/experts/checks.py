@@ -5,12 +5,15 @@ T tokens, D width, E experts, K experts per token, R rows given to an expert.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from medplib.errors import InputError
 from medplib.experts.gate import Routing
+from medplib.registry import GATES
 
 
 def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tuple[str, ...]:
@@ -37,6 +40,18 @@ def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tupl
         if len({id(module) for module in experts.values()}) < len(names):
             raise InputError("Two experts are the same module; give each its own copy (copy.deepcopy).")
     return names
+
+
+def build_gate(name: str, dim: int, num_experts: int, settings: Mapping[str, Any]) -> nn.Module:
+    """The gate called `name`. Raises InputError for a setting that it does not have."""
+    kind = GATES.get(name)
+    known = inspect.signature(kind).parameters
+    unknown = [key for key in settings if key not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise InputError(
+            f"The gate {name!r} has no setting {', '.join(unknown)}. Known: {', '.join(list(known)[2:])}."
+        )
+    return kind(dim, num_experts, **settings)
 
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int, gate: nn.Module) -> None:

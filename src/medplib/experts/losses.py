@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from medplib import ops
 from medplib.experts.context import named_routers, observe
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
     if not len(probabilities):
         return probabilities.sum()  # 0, with a gradient
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # (T, E)
-    counts = torch.bincount(experts.reshape(-1), minlength=num_experts + 1)[:num_experts]  # (E,)
+    counts = ops.count_choices(experts, num_experts)  # (E,)
     share = counts.to(probabilities) / counts.sum().clamp_min(1)
     return num_experts * (probabilities.mean(dim=0) * share).sum()
 
@@ -54,11 +55,12 @@ def sequence_balance_loss(
         return probabilities.sum()
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp_min(1e-20)  # (T, E)
     bins = (sequences[:, None] * (num_experts + 1) + experts).reshape(-1)  # (T*K,)
-    counts = torch.bincount(bins, minlength=num_sequences * (num_experts + 1))
+    counts = ops.count_choices(bins, num_sequences * (num_experts + 1))
     counts = counts.view(num_sequences, num_experts + 1)[:, :num_experts].to(probabilities)  # (B, E)
     share = counts / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    lengths = torch.bincount(sequences, minlength=num_sequences).to(probabilities)  # (B,)
-    sums = probabilities.new_zeros(num_sequences, num_experts).index_add(0, sequences, probabilities)
+    member = sequences == torch.arange(num_sequences, device=sequences.device)[:, None]  # (B, T)
+    lengths = member.sum(dim=1).to(probabilities)  # (B,)
+    sums = member.to(probabilities) @ probabilities  # (B, E), in a fixed order, which index_add has not
     means = sums / lengths.clamp_min(1)[:, None]  # (B, E)
     return num_experts * (means * share).sum() / (lengths > 0).sum()
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from medplib import ops
 from medplib.errors import InputError
 from medplib.experts.capacity import DROPS, limit
-from medplib.experts.checks import check_routing, expert_names
+from medplib.experts.checks import build_gate, check_routing, expert_names
 from medplib.experts.context import (
     Choice,
     Padding,
@@ -39,7 +39,7 @@ from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.packing import Packed, pack_experts
-from medplib.registry import EXPERTS, GATES
+from medplib.registry import EXPERTS
 
 if TYPE_CHECKING:
     from medplib.experts.cost import CostReport
@@ -113,9 +113,8 @@ class MoERouter(nn.Module):
                 **gate_args,
             }
         if isinstance(gate, str):
-            gate = GATES.build(
-                gate, dim, len(names), top_k=top_k, score=score, renormalize=renormalize, **gate_args
-            )
+            settings = {"top_k": top_k, "score": score, "renormalize": renormalize, **gate_args}
+            gate = build_gate(gate, dim, len(names), settings)
         elif gate_args:
             raise InputError(f"gate_args go to a gate found by name; this one is a {type(gate).__name__}.")
         limited = capacity_factor is not None or eval_capacity_factor is not None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from medplib import ops
 from medplib.errors import InputError
 from medplib.experts.context import is_recomputation, named_routers
 
@@ -56,10 +57,10 @@ class RoutingStatistics:
         experts, scores = routing.experts, routing.probabilities.detach().float()  # (T, K), (T, E)
         if routing.real is not None:  # padding has no probability, so it adds 0 to all sums
             scores = scores.masked_fill(~routing.real.unsqueeze(1), 0)
-        chosen = _count(experts, len(self.counts))
+        chosen = ops.count_choices(experts, len(self.counts))
         self.counts += chosen
         if routing.served is not None:
-            self.dropped += chosen - _count(routing.served, len(self.counts))
+            self.dropped += chosen - ops.count_choices(routing.served, len(self.counts))
         self.probability += scores.sum(dim=0)
         normal = scores / scores.sum(dim=-1, keepdim=True).clamp_min(1e-20)
         self.entropy -= torch.xlogy(normal, normal).sum()
@@ -131,9 +132,3 @@ def count_routing(model: nn.Module, remember: int = 0) -> Iterator[ModelStatisti
     finally:
         for router in routers.values():
             router.statistics = None
-
-
-def _count(experts: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs; E is not counted, and the shape does not depend on the numbers: (E,)."""
-    ones = torch.ones_like(experts.reshape(-1))
-    return ones.new_zeros(num_experts + 1).scatter_add(0, experts.reshape(-1), ones)[:num_experts]

@@ -185,7 +185,8 @@ class RoutingTrace:
     ) -> dict[str, dict[Any, dict[str, float]]]:
         """Share of each expert among the tokens of each type: {layer: {type: {expert: share}}}.
 
-        types (..., S) has one label (a number or a text) per recorded token. It may be shorter than the
+        types (..., S) has one label (a number or a text) per recorded token; for MedPLIB
+        `config.tokens.types(input_ids)` tells image, region, <SEG> and text. It may be shorter than the
         recorded sequence if `rest` names the tokens beyond it ("generated", say). Masked tokens are not
         counted.
         """

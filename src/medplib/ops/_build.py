@@ -2,7 +2,8 @@
 
     python -m medplib.ops._build               compile for this machine: the CPU, and CUDA if there is nvcc
     python -m medplib.ops._build --cpu         the C++ kernels alone (--cuda: the CUDA kernels alone)
-    python -m medplib.ops._build --check       every architecture, warnings are errors, then load the result
+    python -m medplib.ops._build --check       every architecture, warnings and spilled registers are errors,
+                                               then load the result
 
 The cache is $MEDPLIB_CACHE_DIR, by default ~/.cache/medplib. Honoured as elsewhere: CXX, CUDA_HOME,
 CUDA_PATH, TORCH_CUDA_ARCH_LIST. The sources use the stable interface of libtorch alone, so they compile in
@@ -57,13 +58,14 @@ def build(device: str, *, strict: bool = False, folder: Path | None = None) -> P
     with _locked(path.with_suffix(".lock")):
         if not path.is_file():
             _sweep(folder)
-            unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                _run([*command, "-o", str(unfinished)])
-                unfinished.replace(path)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            _compile(command, path)
     return path
+
+
+def build_to(device: str, path: Path) -> None:
+    """Compile the kernels for "cpu" or "cuda" to this very file; for an installation (setup.py)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _compile(compile_command(device, cuda_architectures() if device == "cuda" else ""), path)
 
 
 def cached(device: str) -> Path | None:
@@ -104,7 +106,8 @@ def compile_command(device: str, architectures: str = "", strict: bool = False) 
         warnings = ["-Wall", "-Wextra", *(["-Werror"] if strict else [])]
         flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *warnings]
         return [*cxx_compiler(), *COMMON, *flags, *headers, *source]
-    warnings = ["-Xcompiler", "-Wall,-Wextra", *(["-Werror", "all-warnings"] if strict else [])]
+    checks = ["-Werror", "all-warnings", "-Xptxas", "-v"] if strict else []
+    warnings = ["-Xcompiler", "-Wall,-Wextra", *checks]
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static", "--threads", "0"]
     targets = [f"-gencode=arch=compute_{v},code={kind}_{v}" for v, kind in _targets(architectures)]
     flags = ["-DUSE_CUDA", *host, *warnings, *targets]
@@ -222,11 +225,31 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+def _compile(command: Sequence[str], path: Path) -> None:
+    """Run the command and put its output in place in one step. Raises BuildError, also if a kernel spills."""
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
         output = (done.stderr or done.stdout).strip()
-        raise BuildError(f"the compiler failed ({shlex.join(command)}):\n{output[-4000:]}")
+        if done.returncode:
+            raise BuildError(f"the compiler failed ({shlex.join(command)}):\n{output[-4000:]}")
+        if spilled := spilling(output):
+            raise BuildError(f"registers are spilled to memory by {', '.join(spilled)}")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def spilling(output: str) -> list[str]:
+    """The kernels that spill registers, from what `ptxas -v` says: "NAME for sm_90 (8 bytes)"."""
+    found, kernel = [], "?"
+    for line in output.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel = f"{match[1]} for {match[2]}"
+        match = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line)
+        if match and (size := int(match[1]) + int(match[2])):
+            found.append(f"{kernel} ({size} bytes)")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -236,7 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cpu", action="store_true", help="the C++ kernels")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels")
-    parser.add_argument("--check", action="store_true", help="warnings are errors; load what was compiled")
+    parser.add_argument(
+        "--check", action="store_true", help="warnings and spills are errors; load the result"
+    )
     options = parser.parse_args(arguments)
     devices = [device for device in SOURCES if getattr(options, device)]
     failed = False

@@ -85,6 +85,10 @@ def _load(device: str) -> None:
             return
         path = _build.build(device)
     torch.ops.load_library(path)
+    if not _state.paths:
+        from medplib.ops.library import count_operations
+
+        count_operations()
     _state.paths[device] = path
 
 
@@ -95,7 +99,9 @@ def status() -> dict[str, str]:
 
 def _describe(device: str) -> str:
     if loaded(device):
-        return f"compiled ({_state.paths[device].name})"
+        path = _state.paths[device]
+        when = "at installation" if path.parent == Path(__file__).parent else "on this machine"
+        return f"compiled {when} ({path.name})"
     if device in _state.reasons:
         return f"PyTorch ({_state.reasons[device]})"
     if device == "cpu":

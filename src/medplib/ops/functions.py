@@ -301,5 +301,12 @@ def decode_ffn(
     return _operator("decode_ffn", tokens, experts.to(torch.int64), weights, gate_up, down, residual)
 
 
+def count_choices(experts: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in `experts` (...): (E,) int64, without host sync. E is not counted."""
+    flat = experts.reshape(-1)  # (n,)
+    ones = torch.ones_like(flat)
+    return ones.new_zeros(num_experts + 1).scatter_add(0, flat, ones)[:num_experts]
+
+
 invert = reference.invert
 capacity_of = reference.capacity_of

@@ -21,7 +21,8 @@ from medplib.ops import _loader, reference
 NAMESPACE = "medplib"
 SCHEMAS = {
     "gate_logits": "(Tensor tokens, Tensor weight) -> Tensor",
-    "gate_logits_backward": "(Tensor grad, Tensor tokens, Tensor weight) -> (Tensor, Tensor)",
+    "gate_logits_backward": "(Tensor grad, Tensor tokens, Tensor weight, bool for_tokens, bool for_weight) "
+    "-> (Tensor, Tensor)",
     "gate": "(Tensor logits, Tensor? selection, Tensor? mask, int k, bool sigmoid, bool renormalize, "
     "bool statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "gate_backward": "(Tensor? grad_probabilities, Tensor? grad_weights, Tensor probabilities, "
@@ -51,8 +52,13 @@ def _gate_logits_shape(tokens: Tensor, weight: Tensor) -> Tensor:
     )  # (T, E)
 
 
-def _gate_logits_backward_shape(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape), weight.new_empty(weight.shape)
+def _gate_logits_backward_shape(
+    grad: Tensor, tokens: Tensor, weight: Tensor, for_tokens: bool, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        tokens.new_empty(tokens.shape if for_tokens else (0,)),
+        weight.new_empty(weight.shape if for_weight else (0,)),
+    )
 
 
 def _gate_shape(
@@ -136,8 +142,10 @@ def _keep_gate_logits(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gate_logits_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.medplib.gate_logits_backward(grad, *ctx.saved_tensors)
+def _gate_logits_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    for_tokens, for_weight = ctx.needs_input_grad[:2]  # a frozen gate costs no product
+    grads = torch.ops.medplib.gate_logits_backward(grad, *ctx.saved_tensors, for_tokens, for_weight)
+    return grads[0] if for_tokens else None, grads[1] if for_weight else None
 
 
 def _keep_gate(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:
@@ -235,6 +243,29 @@ def _register() -> None:
             torch.library.register_autograd(full, gradient, setup_context=keep, lib=_LIBRARY)
         elif name in _WITHOUT_GRADIENT:
             torch.library.register_autograd(full, _refusal(_WITHOUT_GRADIENT[name]), lib=_LIBRARY)
+
+
+def count_operations() -> None:
+    """Tell torch's FlopCounterMode the cost of the operators that hold matrix products of their own.
+
+    It sees those of the reference by itself, but not into a compiled kernel.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    def product(tokens: Sequence[int], weight: Sequence[int]) -> int:
+        return 2 * tokens[0] * weight[0] * weight[1]
+
+    formulas = {
+        "gate_logits": lambda tokens, weight, **_: product(tokens, weight),
+        "gate_logits_backward": lambda grad, tokens, weight, for_tokens, for_weight, **_: (
+            (for_tokens + for_weight) * product(tokens, weight)
+        ),
+        "decode_ffn": lambda tokens, experts, weights, gate_up, *_, **__: (
+            3 * experts[0] * experts[1] * gate_up[1] * gate_up[2]
+        ),
+    }
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.medplib, name))(formula)
 
 
 _register()

@@ -37,12 +37,20 @@ def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
         return tokens.to(precise) @ weight.to(precise).T  # (T, E)
 
 
-def gate_logits_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """grad (T, E) of the logits -> that of the tokens (T, D) and of the weight (E, D), in their types."""
+def gate_logits_backward(
+    grad: Tensor, tokens: Tensor, weight: Tensor, for_tokens: bool, for_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """grad (T, E) of the logits -> that of the tokens (T, D) and of the weight (E, D), in their types.
+
+    What is not asked for is not computed and comes back empty (0,).
+    """
+    grad_tokens, grad_weight = tokens.new_empty(0), weight.new_empty(0)
     with _without_autocast(tokens):
-        grad_tokens = grad @ weight.to(grad.dtype)  # (T, D)
-        grad_weight = grad.T @ tokens.to(grad.dtype)  # (E, D)
-    return grad_tokens.to(tokens.dtype), grad_weight.to(weight.dtype)
+        if for_tokens:
+            grad_tokens = (grad @ weight.to(grad.dtype)).to(tokens.dtype)  # (T, D)
+        if for_weight:
+            grad_weight = (grad.T @ tokens.to(grad.dtype)).to(weight.dtype)  # (E, D)
+    return grad_tokens, grad_weight
 
 
 def choose_top_k(scores: Tensor, k: int) -> Tensor:

@@ -33,6 +33,7 @@ struct GateCall {
       bool renormalize_, bool statistics_)
       : logits(packed(logits_)), selection(packed(selection_)), mask(packed(mask_)), k(k_), sigmoid(sigmoid_),
         renormalize(renormalize_), statistics(statistics_) {
+    check_devices(logits, {selection, mask});
     check_dim(logits, 2, "logits");
     tokens = logits.size(0);
     num_experts = logits.size(1);
@@ -74,6 +75,7 @@ struct GateBackwardCall {
       : grad_probabilities(packed(grad_probabilities_)), grad_weights(packed(grad_weights_)),
         probabilities(packed(probabilities_)), experts(packed(experts_)), sigmoid(sigmoid_),
         renormalize(renormalize_) {
+    check_devices(probabilities, {experts, grad_probabilities, grad_weights});
     check_dim(probabilities, 2, "probabilities");
     check_long(experts, 2, "experts");
     const int64_t tokens = probabilities.size(0), k = experts.size(1);
@@ -127,6 +129,7 @@ struct DropCall {
       int64_t capacity_)
       : experts(packed(experts_)), priority(packed(priority_)), seed(seed_), num_experts(num_experts_),
         capacity(capacity_) {
+    check_devices(experts, {priority, seed});
     check_long(experts, 2, "experts");
     n = experts.numel();
     tokens = experts.size(0);
@@ -145,6 +148,7 @@ struct PermuteCall {
 
   PermuteCall(const Tensor& tokens_, const Tensor& order_, int64_t k_)
       : tokens(packed(tokens_)), order(packed(order_)), k(k_) {
+    check_devices(tokens, {order});
     check_dim(tokens, 2, "tokens");
     check_long(order, 1, "order");
     STD_TORCH_CHECK(k >= 1, "medplib: k must be at least 1, got ", k);
@@ -165,6 +169,7 @@ struct SumCall {
 
   SumCall(const Tensor& rows_, const Tensor& position_, const MaybeTensor& weights_, const MaybeTensor& residual_)
       : rows(packed(rows_)), position(packed(position_)), weights(packed(weights_)), residual(packed(residual_)) {
+    check_devices(rows, {position, weights, residual});
     check_dim(rows, 2, "rows");
     check_long(position, 2, "position");
     tokens = position.size(0);
@@ -194,6 +199,7 @@ struct CombineBackwardCall {
       const Tensor& weights_)
       : grad(packed(grad_)), rows(packed(rows_)), order(packed(order_)), position(packed(position_)),
         weights(packed(weights_)) {
+    check_devices(rows, {grad, order, position, weights});
     check_dim(rows, 2, "rows");
     check_long(position, 2, "position");
     check_long(order, 1, "order");
@@ -220,6 +226,7 @@ struct SwigluCall {
 
   SwigluCall(const Tensor& gate_up_, const MaybeTensor& grad_)
       : grad(packed(grad_)), gate_up(packed(gate_up_)) {
+    check_devices(gate_up, {grad});
     std::vector<int64_t> sizes(gate_up.sizes().begin(), gate_up.sizes().end());
     STD_TORCH_CHECK(!sizes.empty() && sizes.back() % 2 == 0, "medplib: swiglu needs (..., 2H)");
     hidden = sizes.back() / 2;

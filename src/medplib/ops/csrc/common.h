@@ -39,6 +39,12 @@ inline MaybeTensor packed(const MaybeTensor& tensor) {
   return tensor ? MaybeTensor(packed(*tensor)) : MaybeTensor();
 }
 
+inline int32_t device_type(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
 // An uninitialised contiguous tensor on the device of `like`.
 inline Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
   std::vector<int64_t> strides(sizes.size());
@@ -47,12 +53,10 @@ inline Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const
     strides[axis] = stride;
     stride *= sizes[axis];
   }
-  int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device, like.get_device_index(),
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type(like), like.get_device_index(),
       &handle));
   return Tensor(handle);
 }
@@ -70,6 +74,15 @@ const T* data(const MaybeTensor& tensor) {
 template <class T>
 T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// The others, where they are given, lie where `like` does: a kernel would read a wrong address and end the process.
+inline void check_devices(const Tensor& like, std::initializer_list<MaybeTensor> others) {
+  for (const MaybeTensor& other : others) {
+    STD_TORCH_CHECK(
+        !other || (device_type(*other) == device_type(like) && other->get_device_index() == like.get_device_index()),
+        "medplib: all tensors must be on the same device");
+  }
 }
 
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(LOGIT_THREADS) gate_logits_kernel(
 #pragma unroll
     for (int e = 0; e < EXPERTS; ++e) sums[r][e] = 0;
   }
+#pragma unroll 1  // the loads of one step are enough in flight; more steps would spill registers
   for (int64_t d = static_cast<int64_t>(threadIdx.x) * N; d < dim; d += LOGIT_THREADS * N) {
     Pack<X, N> x[ROWS];
 #pragma unroll

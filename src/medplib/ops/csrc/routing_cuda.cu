@@ -44,6 +44,7 @@ void with_gate_types(const Tensor& tokens, const Tensor& weight, Use use) {
 
 Tensor gate_logits(Tensor tokens, Tensor weight) {
   check_dim(tokens, 2, "tokens");
+  check_devices(tokens, {weight});
   tokens = packed(tokens);
   weight = packed(weight);
   const int64_t num_tokens = tokens.size(0), dim = tokens.size(1), num_experts = weight.size(0);
@@ -75,8 +76,10 @@ Tensor gate_logits(Tensor tokens, Tensor weight) {
   return logits;
 }
 
-std::tuple<Tensor, Tensor> gate_logits_backward(Tensor grad, Tensor tokens, Tensor weight) {
+std::tuple<Tensor, Tensor> gate_logits_backward(
+    Tensor grad, Tensor tokens, Tensor weight, bool for_tokens, bool for_weight) {
   check_dim(tokens, 2, "tokens");
+  check_devices(tokens, {weight, grad});
   grad = packed(grad);
   tokens = packed(tokens);
   weight = packed(weight);
@@ -84,25 +87,34 @@ std::tuple<Tensor, Tensor> gate_logits_backward(Tensor grad, Tensor tokens, Tens
   check_shape(weight, {num_experts, dim}, "weight");
   check_shape(grad, {num_tokens, num_experts}, "grad");
   check_type(grad, precise_type(tokens), "grad");
-  Tensor grad_tokens = allocate({num_tokens, dim}, tokens.scalar_type(), tokens);
-  Tensor grad_weight = allocate({num_experts, dim}, weight.scalar_type(), weight);
+  const auto wanted = [](bool yes, int64_t rows, int64_t columns) {
+    return yes ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0};
+  };
+  Tensor grad_tokens = allocate(wanted(for_tokens, num_tokens, dim), tokens.scalar_type(), tokens);
+  Tensor grad_weight = allocate(wanted(for_weight, num_experts, dim), weight.scalar_type(), weight);
   // Slices of the tokens: enough to fill the device, few enough that their partial sums stay small.
   const int64_t most = std::max<int64_t>(1, (4ll << 20) / std::max<int64_t>(1, num_experts * dim));
   const int64_t slices = num_tokens == 0 ? 0 : std::min({ceil_div(num_tokens, 32), most, int64_t(256)});
   const int64_t slice_tokens = slices == 0 ? 0 : ceil_div(num_tokens, slices);
   const int groups = static_cast<int>(ceil_div(num_experts, SLICE_EXPERTS));
-  Tensor partial = allocate({slices, num_experts, dim}, grad.scalar_type(), grad);
+  Tensor partial = allocate({for_weight ? slices : 0, num_experts, dim}, grad.scalar_type(), grad);
   const Launcher launch(tokens);
   with_gate_types(tokens, weight, [&](auto x, auto w, auto p) {
     using X = decltype(x);
     using W = decltype(w);
     using P = decltype(p);
     const int experts = static_cast<int>(num_experts);
-    with_pack<X>(dim, {data<X>(tokens), data<W>(weight), data<X>(grad_tokens)}, [&](auto pack) {
+    if (for_tokens) {
+      with_pack<X>(dim, {data<W>(weight), data<X>(grad_tokens)}, [&](auto pack) {
+        constexpr int N = decltype(pack)::value;
+        launch(
+            logits_token_gradient_kernel<X, W, P, N>, grid_of(ceil_div(num_tokens * (dim / N), LOGIT_THREADS)),
+            LOGIT_THREADS, 0, data<P>(grad), data<W>(weight), mutable_data<X>(grad_tokens), num_tokens, experts, dim);
+      });
+    }
+    if (!for_weight) return;
+    with_pack<X>(dim, {data<X>(tokens)}, [&](auto pack) {
       constexpr int N = decltype(pack)::value;
-      launch(
-          logits_token_gradient_kernel<X, W, P, N>, grid_of(ceil_div(num_tokens * (dim / N), LOGIT_THREADS)),
-          LOGIT_THREADS, 0, data<P>(grad), data<W>(weight), mutable_data<X>(grad_tokens), num_tokens, experts, dim);
       launch(
           logits_weight_partial_kernel<X, P, N>, grid_of(ceil_div(dim, LOGIT_THREADS * N), slices * groups),
           LOGIT_THREADS, 0, data<P>(grad), data<X>(tokens), mutable_data<P>(partial), num_tokens, experts, dim,
@@ -372,6 +384,7 @@ Tensor decode_ffn(
   check_dim(experts, 2, "experts");
   check_type(experts, ScalarType::Long, "experts");
   check_dim(down, 3, "down");
+  check_devices(tokens, {experts, weights, gate_up, down, residual});
   tokens = packed(tokens);
   experts = packed(experts);
   weights = packed(weights);
