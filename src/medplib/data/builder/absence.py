@@ -50,7 +50,7 @@ class AbsencePolicy:
         for sample in samples:
             names = {clean_name(structure.name) for structure in sample.structures}
             self.drawn[self._key(sample)] |= names
-        self.vocabulary = None if vocabulary is None else {k: set(v) for k, v in vocabulary.items()}
+        self.vocabulary = vocabulary and {k: {clean_name(n) for n in v} for k, v in vocabulary.items()}
         self.unsure = {k: set(v) for k, v in UNLABELLED.items()}
         for dataset, names in (unsure or {}).items():
             self.unsure.setdefault(dataset, set()).update(clean_name(name) for name in names)
@@ -58,7 +58,7 @@ class AbsencePolicy:
     def absent(self, sample: ImageSample, seen: Sequence[str]) -> list[str]:
         """Names surely absent from the image, sorted; `seen` are names that it shows, however small."""
         names = set(self.drawn[self._key(sample)])
-        if self.vocabulary is not None:
+        if self.vocabulary:
             names &= self.vocabulary.get(sample.dataset, set())
         names -= self.unsure.get(sample.dataset, set())
         there = [*seen, *(clean_name(structure.name) for structure in sample.structures)]

@@ -110,13 +110,6 @@ class BuildReport:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class _Row:
-    split: str
-    task: str
-    pairs: list[Pair]
-
-
 def build_mecovqa(
     samples: Sequence[ImageSample],
     out: str | Path,
@@ -158,24 +151,19 @@ def build_mecovqa(
             plans = []
             for number, facts in chunk:
                 split = split_of(case(facts.sample), settings.seed, settings.test_share)
-                rows = plan_rows(facts, policy, settings, split, number)
-                plans.append((number, facts, split, rows, facts.summary()))
-            wishes = [(s, pair) for *_, rows, s in plans for row in rows for pair in row.pairs]
-            words = iter(list(pool.map(lambda wish: _worded(writer, *wish), wishes)))
-            for number, facts, split, rows, _ in plans:
+                plans.append((number, facts, split, plan_rows(facts, policy, settings, number)))
+            words = iter(_worded(pool, writer, plans))
+            for number, facts, split, rows in plans:
                 if not rows:
                     skipped["image with nothing to ask about"] += 1
                     continue
                 image = folder.add_image(facts.sample, number)
                 placed.append((facts.sample, case(facts.sample), split))
-                for row in rows:
-                    answers = []
-                    for _ in row.pairs:
-                        answer, why = next(words)
-                        answers.append(answer)
-                        fallbacks.update([why] if why else [])
-                    shown.add(row.task, folder.add_row(split, row.task, image, row.pairs, answers))
-                    statistics.add(split, row.task, facts.sample.modality, row.pairs, answers)
+                for task, pairs in rows:
+                    answers, reasons = zip(*(next(words) for _ in pairs), strict=True)
+                    fallbacks.update(why for why in reasons if why)
+                    shown.add(task, folder.add_row(split, task, image, pairs, answers))
+                    statistics.add(split, task, facts.sample.modality, pairs, answers)
         if not placed:
             raise InputError(
                 "None of the images has anything to ask about; left out: "
@@ -192,9 +180,9 @@ def build_mecovqa(
 
 
 def plan_rows(
-    facts: ImageFacts, policy: AbsencePolicy, settings: BuildSettings, split: str, number: int
-) -> list[_Row]:
-    """The conversations about one image, with draft answers."""
+    facts: ImageFacts, policy: AbsencePolicy, settings: BuildSettings, number: int
+) -> list[tuple[str, list[Pair]]]:
+    """The conversations about one image: (type, turns with draft answers)."""
     sample = facts.sample
     absent = policy.absent(sample, [*facts.names, *facts.tiny])
     key = sample.image.name if isinstance(sample.image, Path) else f"{sample.dataset}/{sample.case}/{number}"
@@ -219,7 +207,7 @@ def plan_rows(
             else:
                 pairs = complex_pairs(context, int(context.rng.integers(settings.max_turns)) + 1)
             if pairs:
-                rows.append(_Row(split, task, pairs))
+                rows.append((task, pairs))
     return rows
 
 
@@ -241,12 +229,30 @@ def _chunks(facts: Iterator[tuple[int, ImageFacts]], size: int) -> Iterator[list
         yield chunk
 
 
-def _worded(writer: AnswerWriter, summary: dict[str, Any], pair: Pair) -> tuple[str, str | None]:
-    """The writer's answer, or the draft and why the answer was not taken."""
-    facts = {**summary, "question type": pair.kind, "asked about": list(pair.names)}
-    answer = writer.write(facts, pair.question, pair.answer)
-    why = check_answer(answer, pair.question, pair.answer)
-    return (pair.answer, why) if why else (answer.strip(), None)
+def _worded(
+    pool: ThreadPoolExecutor, writer: AnswerWriter, plans: Sequence[tuple]
+) -> list[tuple[str, str | None]]:
+    """For every turn of the plans, in order: the writer's answer, or the draft and why it was not taken.
+
+    An error of the writer ends the work on those that wait.
+    """
+
+    def word(wish: tuple[dict[str, Any], Pair]) -> tuple[str, str | None]:
+        summary, pair = wish
+        facts = {**summary, "question type": pair.kind, "asked about": list(pair.names)}
+        answer = writer.write(facts, pair.question, pair.answer)
+        why = check_answer(answer, pair.question, pair.answer)
+        return (pair.answer, why) if why else (answer.strip(), None)
+
+    wishes = []
+    for _, facts, _, rows in plans:
+        summary = facts.summary()
+        wishes += [(summary, pair) for _, pairs in rows for pair in pairs]
+    try:
+        return list(pool.map(word, wishes))
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def _mark(settings: BuildSettings, writer: AnswerWriter) -> dict[str, Any]:

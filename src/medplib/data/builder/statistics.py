@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from medplib.data.builder.pairs import Pair
@@ -21,7 +22,9 @@ class Statistics:
         self.questions: Counter[str] = Counter()
         self.answers: set[str] = set()
 
-    def add(self, split: str, task: str, modality: str, pairs: list[Pair], answers: list[str]) -> None:
+    def add(
+        self, split: str, task: str, modality: str, pairs: Sequence[Pair], answers: Sequence[str]
+    ) -> None:
         """One row: its pairs, and their answers as they are written."""
         self.rows[task, split] += 1
         self.modalities[modality, split] += 1
