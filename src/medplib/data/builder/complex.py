@@ -19,12 +19,12 @@ MODALITY = (
     "It is {a_m} {m} image.",
     "The modality is {m}.",
 )
-TAKEN_BY = {
+WORDS = {
     "fundus": "fundus photography",
     "MR": "magnetic resonance imaging (MR)",
     "CT": "computed tomography (CT)",
     "PET": "positron emission tomography (PET)",
-    "histopathology": "microscopy of a stained slide (histopathology)",
+    "histopathology": "microscopy of a stained slide",
 }
 ORGANS = (
     "What structures can be seen in this image?",
@@ -73,6 +73,7 @@ COUNT = (
     "How many separate areas are marked as {s}?",
 )
 COUNTED_ONE = ("There is one.", "{The} {forms} a single area.", "One.")
+COUNTED_OBJECTS = ("There are {n}.", "I count {n}.", "The image shows {n}.")
 COUNTED = ("There are {n}.", "{The} {forms} {n} separate areas.", "I count {n}.")
 OBJECTS = (
     "How many {s} are there in this image?",
@@ -117,7 +118,7 @@ def complex_pairs(context: Context, turns: int) -> list[Pair]:
 def modality(context: Context) -> Pair:
     m = context.facts.sample.modality
     answer = context.pick(MODALITY)
-    words = TAKEN_BY.get(m, m) if "taken by" in answer else m
+    words = m if "image." in answer else WORDS.get(m, m)
     return Pair("modality", context.pick(MODALITY_QUESTIONS), answer.format(m=words, a_m=article(m)))
 
 
@@ -169,11 +170,14 @@ def count(context: Context) -> Pair | None:
         thing = max(objects, key=lambda thing: thing.pixels)
         question = fill(context.pick(OBJECTS), thing.name, m=sample.modality)
         return Pair("count", question, f"There are {sample.count}.", (thing.name,))
-    things = [t for t in context.facts.things if t.count and (t.abnormal or len(t.parts) > 1)]
+    things = [t for t in context.facts.things if t.countable and t.count]
     if not things:
         return None
     thing = context.pick(things)
     n = NUMBERS[thing.count] if thing.count < len(NUMBERS) else str(thing.count)
+    if thing.name != thing.single:  # "polyps"
+        question = fill(context.pick(OBJECTS), thing.name, m=sample.modality)
+        return Pair("count", question, context.pick(COUNTED_OBJECTS).format(n=n), (thing.name,))
     answer = _told(context.pick(COUNTED_ONE if thing.count == 1 else COUNTED), thing.name, n=n)
     return Pair("count", _told(context.pick(COUNT), thing.name), answer, (thing.name,))
 

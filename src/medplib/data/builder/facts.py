@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from medplib.data.builder.components import component_sizes
-from medplib.data.builder.words import area, clean_name, is_abnormal, percent
+from medplib.data.builder.words import area, clean_name, is_abnormal, percent, plural
 from medplib.data.questions import MIN_PIXELS
 from medplib.data.samples import ImageSample
 from medplib.prompts.types import Box
@@ -29,6 +29,8 @@ APART = 0.08  # of the image's diagonal: centroids nearer than this are neither 
 class Thing:
     """A structure of an image: the union of its instances.
 
+    name     as it is spoken of: several instances of a finding are "polyps"
+    single   as the data set names it: "polyp"
     mask     bool (H, W)
     parts    its instances as the data set lists them, bool (H, W) each
     files    their mask files, where they are files
@@ -36,6 +38,7 @@ class Thing:
     """
 
     name: str
+    single: str
     mask: np.ndarray
     parts: tuple[np.ndarray, ...]
     files: tuple[Path | None, ...]
@@ -66,8 +69,8 @@ class Thing:
     @cached_property
     def box(self) -> Box:
         """Its bounding box."""
-        ys, xs = np.nonzero(self.mask)
-        return Box(float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
+        ys, xs = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
+        return Box(float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1))
 
     @property
     def size(self) -> str:
@@ -93,6 +96,11 @@ class Thing:
         height, width = self.mask.shape
         extent = max((self.box.x1 - self.box.x0) / width, (self.box.y1 - self.box.y0) / height)
         return extent <= 0.6 and self.whole
+
+    @property
+    def countable(self) -> bool:
+        """Whether its number means something: a finding, or instances that the data set lists."""
+        return self.abnormal or len(self.parts) > 1
 
     @cached_property
     def count(self) -> int:
@@ -124,8 +132,8 @@ class ImageFacts:
                 {
                     "name": thing.name,
                     "size": thing.size,
-                    "position": place(thing, self.radiological),
-                    "count": thing.count,
+                    "position": place(thing, self.radiological) if thing.compact else None,
+                    "count": thing.count if thing.countable else None,
                     "finding": thing.abnormal,
                 }
                 for thing in self.things
@@ -166,7 +174,13 @@ def image_facts(
             file = structure.mask if isinstance(structure.mask, Path) else None
             found.setdefault(name, []).append((mask, file))
     things = [
-        Thing(name, np.logical_or.reduce([m for m, _ in rows]), *zip(*rows, strict=True), spacing)
+        Thing(
+            (is_abnormal(name) and len(rows) > 1 and plural(name)) or name,
+            name,
+            np.logical_or.reduce([m for m, _ in rows]),
+            *zip(*rows, strict=True),
+            spacing,
+        )
         for name, rows in found.items()
     ]
     return ImageFacts(sample, tuple(things), tuple(n for n in tiny if n not in found), radiological)

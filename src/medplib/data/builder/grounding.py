@@ -119,21 +119,23 @@ def united(context: Context) -> list[Pair]:
 def each(context: Context) -> list[Pair]:
     """Two to five instances that the data set lists one by one: from left to right, a mask for each."""
     for thing in context.facts.things:
-        countable = indefinite(thing.name) != thing.name and thing.name[-1].isalpha()
-        if not (countable and 2 <= len(thing.parts) <= 5 and context.new("each", [thing.name])):
+        countable = indefinite(thing.single) != thing.single and thing.single[-1].isalpha()
+        if not (countable and 2 <= len(thing.parts) <= 5 and context.new("each", [thing.single])):
             continue
         rows = sorted(
             zip(thing.parts, thing.files, strict=True), key=lambda row: np.nonzero(row[0])[1].mean()
         )
-        masks = [Target(f"{slug(thing.name)}_{i}", part, file) for i, (part, file) in enumerate(rows)]
-        ref = f"<ref>{thing.name}</ref>" if context.refs else thing.name
+        masks = [Target(f"{slug(thing.single)}_{i}", part, file) for i, (part, file) in enumerate(rows)]
+        ref = f"<ref>{thing.single}</ref>" if context.refs else thing.single
         if context.several == "answer":
             answer = "From left to right: " + listed([f"{ref} <SEG>"] * len(masks)) + "."
-            return [Pair("each", fill(context.pick(EACH), thing.name), answer, (thing.name,), tuple(masks))]
-        first = f"Segment the {thing.name} that is furthest to the left in the image."
+            return [
+                Pair("each", fill(context.pick(EACH), thing.single), answer, (thing.single,), tuple(masks))
+            ]
+        first = f"Segment the {thing.single} that is furthest to the left in the image."
         return [
             Pair("each", "Now the next one to the right." if i else first, f"Here is the {ref} <SEG>.",
-                 (thing.name,), (mask,))
+                 (thing.single,), (mask,))
             for i, mask in enumerate(masks)
         ]  # fmt: skip
     return []

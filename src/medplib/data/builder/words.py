@@ -54,15 +54,18 @@ def indefinite(name: str) -> str:
     return name if is_plural(name) or _head(name) in _MASSES else f"{article(name)} {name}"
 
 
+def plural(name: str) -> str | None:
+    """ "lung tumor" -> "lung tumors"; None where the plural is not an "s" or "ies" at the end."""
+    if not re.search(r"[a-z]$", name) or re.search(r"(s|um|x|ch|sh|a)$", name) or indefinite(name) == name:
+        return None
+    return name[:-1] + "ies" if re.search(r"[^aeiou]y$", name) else name + "s"
+
+
 def both(name: str) -> str | None:
-    """ "left lung" -> "both lungs"; None where the plural is not an "s" put at the end."""
-    words = name.split()
-    if len(words) < 2 or words[0] not in SIDES or not re.search(r"[a-z]$", words[-1]):
-        return None
-    if words[-1].endswith(("s", "um", "us", "is", "x", "ch", "sh", "a")) or is_plural(name):
-        return None
-    plural = words[-1][:-1] + "ies" if re.search(r"[^aeiou]y$", words[-1]) else words[-1] + "s"
-    return " ".join(["both", *words[1:-1], plural])
+    """ "left lung" -> "both lungs"; None for a name without a side or a plural."""
+    side, _, rest = name.partition(" ")
+    many = plural(rest) if side in SIDES and rest else None
+    return f"both {many}" if many else None
 
 
 def listed(parts: Sequence[str]) -> str:
