@@ -216,7 +216,13 @@ def test_sides_are_kept_where_they_have_a_name(question, modality, labels, hands
 
 @pytest.mark.parametrize(
     "answer",
-    ["In the upper third.", "About 12% of the image.", "It is 40 mm² large.", "The number of nuclei: 3"],
+    [
+        "In the upper third.",
+        "It lies above it.",
+        "About 12% of the image.",
+        "It is 40 mm² large.",
+        "The number of nuclei: 3",
+    ],
 )
 def test_answers_about_place_and_size_keep_the_geometry(answer):
     mask = rectangle(30, 20, 60, 50)

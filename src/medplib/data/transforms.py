@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Words that a rotation, shift or zoom of the image can make untrue: places, sizes, numbers of things.
 PLACED = re.compile(
     r"%|\b(upper|lower|top|bottom|corner|cent(?:er|re|ral)|middle|quadrants?|thirds?|half|percent|mm2?|cm2?"
-    r"|pixels?|largest|smallest|how many|number of|count)\b|²",
+    r"|pixels?|above|below|largest|smallest|how many|number of|count|separate)\b|²",
     re.IGNORECASE,
 )
 
