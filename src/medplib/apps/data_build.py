@@ -10,62 +10,70 @@ import typer
 
 from medplib.errors import InputError
 
+Types = Annotated[str, typer.Option(metavar="A,B", help="Of grounding, region, complex.")]
+NegativesFrom = Annotated[
+    str,
+    typer.Option(help="dataset: what the data set labels; case: only what the same case shows elsewhere."),
+]
+Unsure = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSON: for a data set the list of names never called absent."),
+]
+CasePattern = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="Its first group is the patient in a case's name.")
+]
+Several = Annotated[
+    str, typer.Option(help="Several structures as several 'turns' (as published) or in one 'answer'.")
+]
+Radiological = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SET", help="Data set with the patient's right on the image's left, or all. Repeatable."
+    ),
+]
+Spacing = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="JSON: for a data set, set--case or image file its row and column in mm."
+    ),
+]
+BaseUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="Of an OpenAI-compatible server, up to /v1.")
+]
+ApiKeyEnv = Annotated[str, typer.Option(metavar="NAME", help="Environment variable that holds the key.")]
+Cache = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Where answers are kept, to go on with. Default: DIR.answers."),
+]
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="SRC", help="A folder in SA-Med2D-20M's layout, with its two JSON files."),
+]
+Negatives = Annotated[float, typer.Option(min=0, max=1, help="Share of questions about absent structures.")]
+
 
 def build(
-    source: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="A folder in SA-Med2D-20M's layout, with its two JSON files."),
-    ],
+    source: Source,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
     seed: Annotated[int, typer.Option(help="Seed of questions and split.")] = 0,
     per_image: Annotated[int, typer.Option(min=1, help="Conversations per image and type.")] = 2,
-    types: Annotated[
-        str, typer.Option(metavar="A,B", help="Of grounding, region, complex.")
-    ] = "grounding,region,complex",
-    negatives: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of questions about absent structures.")
-    ] = 0.3,
-    negatives_from: Annotated[
-        str,
-        typer.Option(
-            help="dataset: what the data set labels; case: only what the same case shows elsewhere."
-        ),
-    ] = "dataset",
-    unsure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help='JSON {"data set": [names never called absent]}.')
-    ] = None,
+    types: Types = "grounding,region,complex",
+    negatives: Negatives = 0.3,
+    negatives_from: NegativesFrom = "dataset",
+    unsure: Unsure = None,
     test_share: Annotated[float, typer.Option(min=0, max=1, help="Share of the cases in test/.")] = 0.2,
-    case_pattern: Annotated[
-        str | None, typer.Option(metavar="REGEX", help="Its first group is the patient in a case's name.")
-    ] = None,
+    case_pattern: CasePattern = None,
     max_turns: Annotated[int, typer.Option(min=1, help="Turns of a complex conversation.")] = 3,
-    several: Annotated[
-        str, typer.Option(help="Several structures as several 'turns' (as published) or in one 'answer'.")
-    ] = "turns",
+    several: Several = "turns",
     refs: Annotated[bool, typer.Option(help="Write names between <ref> and </ref> before <SEG>.")] = True,
-    radiological: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET", help="Data set with the patient's right on the image's left, or all. Repeatable."
-        ),
-    ] = None,
-    spacing: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help='JSON {"data set, set--case or image file": [row, column] in mm}.'),
-    ] = None,
+    radiological: Radiological = None,
+    spacing: Spacing = None,
     writer: Annotated[str, typer.Option(help="Who words the answers: template or openai.")] = "template",
-    base_url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Of an OpenAI-compatible server, up to /v1.")
-    ] = None,
+    base_url: BaseUrl = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The server's model.")] = None,
-    api_key_env: Annotated[
-        str, typer.Option(metavar="NAME", help="Environment variable that holds the key.")
-    ] = "OPENAI_API_KEY",
+    api_key_env: ApiKeyEnv = "OPENAI_API_KEY",
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
-    cache: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where answers are kept, to go on with. Default: DIR.answers."),
-    ] = None,
+    cache: Cache = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy files instead of hard-linking them.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier build.")] = False,
 ) -> None:
@@ -94,7 +102,7 @@ def build(
             spacing=_table("--spacing", spacing),
         )
         chosen = _writer(
-            writer, base_url, model, api_key_env, concurrency, cache or out.with_name(f"{out.name}.answers")
+            writer, base_url, model, api_key_env, concurrency, cache or Path(f"{out.resolve()}.answers")
         )
         samples = SAMed2DFolder(source)
         report = build_mecovqa(samples, out, settings, writer=chosen, link=not copy, overwrite=overwrite)

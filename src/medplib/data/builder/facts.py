@@ -20,7 +20,7 @@ from medplib.data.questions import MIN_PIXELS
 from medplib.data.samples import ImageSample
 from medplib.prompts.types import Box
 
-ROWS, COLUMNS = ("upper", "middle", "lower"), ("left", "middle", "right")
+ROWS = ("upper", "middle", "lower")
 INSIDE = 0.95  # of A in B: A lies inside B
 APART = 0.08  # of the image's diagonal: centroids nearer than this are neither left nor above
 

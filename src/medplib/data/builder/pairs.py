@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,9 +68,6 @@ class Context:
             return False
         self.asked.add(key)
         return True
-
-
-Maker = Callable[[Context], list[Pair]]
 
 
 def target(thing: Thing) -> Target:
