@@ -47,6 +47,16 @@ def test_prompts_need_no_torch():
     assert loaded_by("from medplib import Box, Mask, Point\nBox(0, 0, 3, 3), Point(1, 2)") == set()
 
 
+def test_building_and_augmenting_data_needs_no_torch():
+    code = """
+        import numpy as np
+        from medplib.data import Augmentation
+        from medplib.data.builder import BuildSettings, OpenAIWriter, SAMed2DFolder, build_mecovqa
+        import medplib.data.sheet
+    """
+    assert loaded_by(code) == set()
+
+
 def test_letterbox_needs_no_transformers_and_no_timm():
     assert not loaded_by("from medplib import Letterbox") & {"transformers", "timm"}
 

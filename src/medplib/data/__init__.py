@@ -6,6 +6,7 @@ Names load on first use; none of the ones listed here imports torch. `augment` i
 from importlib import import_module
 
 _WHERE = {
+    "Augmentation": "transforms",
     "ImageSample": "samples",
     "Structure": "samples",
     "MODALITIES": "samples",

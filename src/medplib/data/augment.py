@@ -6,6 +6,7 @@ Letters: H height, W width, M masks, C channels (1 for grey images, else 3), N =
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,7 +69,7 @@ def augment(
     pixels = image[..., :1] if grey else image
     if modality == "MR" and rng.random() < SKULL_STRIP_CHANCE:
         pixels, masks = strip_skull(pixels, masks, names or ())
-    move = draw_move(rng, image.shape[:2], flips=_may_flip(modality, names))
+    move = draw_move(rng, image.shape[:2], flips=may_flip(modality, names))
     pixels, masks = resample(pixels, masks, move, outside=OUTSIDE.get(modality, "black"))
     if modality == "CT" and rng.random() < table:
         pixels = add_table(pixels, masks.any(axis=0), rng)
@@ -107,7 +108,7 @@ def resample(image: np.ndarray, masks: np.ndarray, move: Move, outside: str) -> 
     outside: what is beyond the border, "black", "edge" or "mirror"; masks follow (nothing, edge, mirror).
     """
     height, width, channels = image.shape
-    x, y = _source(move, height, width)
+    x, y = source_positions(move, height, width)
     if outside == "black":  # a black frame of one pixel, on which everything beyond the border lands
         image = np.pad(image, ((1, 1), (1, 1), (0, 0)))
         masks = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
@@ -219,13 +220,14 @@ def _check(image: np.ndarray, masks: np.ndarray, modality: str, names: Sequence[
         )
 
 
-def _may_flip(modality: str, names: Sequence[str] | None) -> bool:
-    sided = any(word in ("left", "right") for name in names or () for word in name.lower().split())
+def may_flip(modality: str | None, names: Sequence[str] | None) -> bool:
+    """Whether an image may be mirrored: a slide, and none of `names` (labels, texts) says left or right."""
+    sided = any(re.search(r"\b(left|right)\b", name, re.IGNORECASE) for name in names or ())
     return modality in UNORIENTED and not sided
 
 
-def _source(move: Move, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The x and y (H, W), float32, that the output pixels come from."""
+def source_positions(move: Move, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The x and y (H, W), float32, that the output pixels come from; whole numbers are pixel centres."""
     (a, b), (c, d) = move.matrix
     columns, rows = np.arange(width) - (width - 1) / 2, np.arange(height) - (height - 1) / 2
     x = (a * columns + (width - 1) / 2 + move.offset[0])[None, :] + (b * rows)[:, None]
