@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from medplib.data.rows import Descriptor
 from medplib.errors import InputError
 
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
@@ -48,7 +50,7 @@ class Archive:
         self.path = os.fspath(path)
         refuse_split(self.path)
         try:
-            self._file = os.open(self.path, os.O_RDONLY)
+            self._file = Descriptor(self.path)
         except OSError as error:
             raise InputError(
                 f"The archive {self.path!r} cannot be opened: {error.strerror}. Check the path."
@@ -75,11 +77,10 @@ class Archive:
         return self._hashes.nbytes + self._places.nbytes
 
     def __contains__(self, name: str) -> bool:
-        return self.find(name) is not None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        """By the 64-bit hash of the name alone, without a look at the file."""
+        wanted = np.uint64(_hash(name))
+        at = int(np.searchsorted(self._hashes, wanted))
+        return at < len(self._hashes) and self._hashes[at] == wanted
 
     def names(self) -> Iterator[str]:
         """The names of all files, in the archive's order; folders are left out."""
@@ -93,9 +94,9 @@ class Archive:
             if self._hashes[at] != wanted:
                 break
             place = int(self._places[at])
-            member, length = self._parse(os.pread(self._file, 1024, place), 0)
+            member, length = self._parse(self._file.read(1024, place), 0)
             if length > 1024:
-                member, _ = self._parse(os.pread(self._file, length, place), 0)
+                member, _ = self._parse(self._file.read(length, place), 0)
             if member.name == name:
                 last = member
         return last
@@ -110,7 +111,7 @@ class Archive:
                 f"{name!r} in {self.path!r} has {member.size} bytes; at most {MAX_MEMBER} are read at once. "
                 "Unpack the archive and give the folder."
             )
-        data = os.pread(self._file, member.packed, self.data_start(member))
+        data = self._file.read(member.packed, self.data_start(member))
         if len(data) != member.packed:
             raise self._damaged(f"{name!r} is cut short")
         if member.method == 8:
@@ -123,6 +124,31 @@ class Archive:
             raise self._damaged(f"{name!r} does not match its checksum")
         return data
 
+    def unpack_to(self, name: str, target: Path) -> None:
+        """Write a member of any size to a file, piece by piece. Raises KeyError, or InputError if damaged."""
+        member = self.find(name)
+        if member is None:
+            raise KeyError(f"there is no {name!r} in the archive")
+        place, unpack, crc, left = self.data_start(member), zlib.decompressobj(-15), 0, member.packed
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as file:
+            try:
+                while left:
+                    piece = self._file.read(min(_READ, left), place)
+                    if not piece:
+                        raise self._damaged(f"{name!r} is cut short")
+                    place, left = place + len(piece), left - len(piece)
+                    piece = unpack.decompress(piece) if member.method == 8 else piece
+                    crc = zlib.crc32(piece, crc)
+                    file.write(piece)
+                if crc != member.crc:
+                    raise self._damaged(f"{name!r} does not match its checksum")
+                os.replace(file.name, target)
+            except BaseException as error:
+                os.unlink(file.name)
+                if isinstance(error, zlib.error):
+                    raise self._damaged(f"{name!r} cannot be unpacked ({error})") from error
+                raise
+
     def data_start(self, member: Member) -> int:
         """Where the member's packed bytes begin in the file. Raises InputError if they cannot be read."""
         if member.encrypted or member.method not in (0, 8):
@@ -131,7 +157,7 @@ class Archive:
                 f"{member.name!r} in {self.path!r} is {how}; only stored and deflated members are read. "
                 "Unpack the archive and give the folder."
             )
-        header = os.pread(self._file, _LOCAL.size, member.header)
+        header = self._file.read(_LOCAL.size, member.header)
         if len(header) < _LOCAL.size or header[:4] != b"PK\x03\x04":
             raise self._damaged(f"{member.name!r} is not where the table of contents says")
         *_, name_length, extra_length = _LOCAL.unpack(header)
@@ -139,19 +165,19 @@ class Archive:
 
     def _find_contents(self) -> tuple[int, int, int]:
         """(files, bytes, place) of the table of contents."""
-        size = os.fstat(self._file).st_size
+        size = os.fstat(self._file.number).st_size
         tail_start = max(0, size - 22 - 0xFFFF)
-        tail = os.pread(self._file, size - tail_start, tail_start)
+        tail = self._file.read(size - tail_start, tail_start)
         at = tail.rfind(_END)
         if at < 0 or len(tail) - at < 22:
             raise self._damaged("it has no table of contents")
         disk, first, _, count, length, start, _ = struct.unpack_from("<4H2IH", tail, at + 4)
         if disk == 0xFFFF or count == 0xFFFF or _FULL in (length, start):
             place = tail_start + at - 20
-            locator = os.pread(self._file, 20, place) if place >= 0 else b""
+            locator = self._file.read(20, place) if place >= 0 else b""
             if locator[:4] == _LOCATOR:
                 disk, end64, disks = struct.unpack_from("<IQI", locator, 4)
-                record = os.pread(self._file, 56, end64)
+                record = self._file.read(56, end64)
                 if disks > 1:
                     raise _split(self.path)
                 if len(record) < 56 or record[:4] != _END64:
@@ -169,7 +195,7 @@ class Archive:
         while True:
             if len(buffer) - at < 46 + 3 * 0xFFFF and place + len(buffer) < end:
                 place += at
-                buffer, at = os.pread(self._file, min(_READ, end - place), place), 0
+                buffer, at = self._file.read(min(_READ, end - place), place), 0
             if at + 46 > len(buffer):
                 return
             member, length = self._parse(buffer, at)

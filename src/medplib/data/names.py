@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import PurePosixPath
 from typing import NamedTuple
+
+from medplib.errors import InputError
+
+CLASSES = "SAMed2D_v1_class_mapping_id.json"
 
 # first part of SA-Med2D's 34 prefixes (ct_00, mr_t1, x_ray, ...), and of the mini set's
 _PREFIXES = {
@@ -77,3 +82,15 @@ def modality_of(words: str | None) -> str | None:
 def spoken(name: str) -> str:
     """A class name as one says it: without "union_" and underscores."""
     return name.removeprefix("union_").replace("_", " ").strip()
+
+
+def class_names(data: bytes) -> dict[str, dict[int, str]]:
+    """{data set: {class number: name}} of SAMed2D_v1_class_mapping_id.json. Raises InputError."""
+    try:
+        table = json.loads(data)
+        return {
+            dataset: {int(number): name for name, number in classes.items()}
+            for dataset, classes in table.items()
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{CLASSES} is no table {{data set: {{class: number}}}}: {error}.") from error

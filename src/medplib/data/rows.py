@@ -11,6 +11,7 @@ import csv
 import hashlib
 import json
 import os
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class TextRows:
 
     def __getitem__(self, index: int) -> Any:
         start, end = int(self.starts[index]), int(self.starts[index + 1])
-        return self.parse(os.pread(_open(self.path, self.stamp).number, end - start, start))
+        return self.parse(_open(self.path, self.stamp).read(end - start, start))
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +71,7 @@ class MemoryRows(Sequence):
         for row in rows:
             text += json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
             starts.append(len(text))
-        self._text, self._starts = bytes(text), np.frombuffer(starts, np.uint64)
+        self._text, self._starts = bytes(text), np.array(starts, np.uint64)
         self.digest = hashlib.sha256(self._text).hexdigest()
 
     def __len__(self) -> int:
@@ -88,21 +89,23 @@ class MemoryRows(Sequence):
 Look = Callable[[int, Any], bool]  # (row number, row) -> whether to keep it
 
 
-class _Open:
-    """A file descriptor, closed with its object; reads at a place need no lock and survive a fork."""
+class Descriptor:
+    """An open file, closed with its object: read by place, so it needs no lock and survives a fork."""
 
     def __init__(self, path: str) -> None:
         self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
 
-    def __del__(self) -> None:
-        os.close(self.number)
+    def read(self, length: int, place: int) -> bytes:
+        """`length` bytes from `place`, fewer at the end of the file."""
+        return os.pread(self.number, length, place)
 
 
 @lru_cache(maxsize=32)
-def _open(path: str, stamp: tuple[int, int]) -> _Open:
+def _open(path: str, stamp: tuple[int, int]) -> Descriptor:
     if _stamp(path) != stamp:
         raise InputError(f"{path!r} has changed since its rows were found. Read the data set again.")
-    return _Open(path)
+    return Descriptor(path)
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -124,7 +127,7 @@ def _finish(
     path: str, starts: array, kept: array, stamp: tuple[int, int], parse: Any
 ) -> tuple[TextRows, Any]:
     """The rows, and the numbers of those kept (None: all)."""
-    rows = TextRows(path, np.frombuffer(starts, np.uint64), parse, file_digest(path), stamp)
+    rows = TextRows(path, np.array(starts, np.uint64), parse, file_digest(path), stamp)
     return rows, None if len(kept) == len(rows) else np.array(kept, np.int64)
 
 
@@ -190,6 +193,13 @@ def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None
 
 
 # ------------------------------------------------------------------------------------------ JSON
+
+
+def text_rows(path: str | os.PathLike, starts: array) -> TextRows:
+    """The JSON values that begin at these bytes of a file, in their order."""
+    path = os.fspath(path)
+    stamp = _stamp(path)
+    return _finish(path, starts + array("Q", [stamp[0]]), starts, stamp, parse_json)[0]
 
 
 def index_json(path: str | os.PathLike, look: Look) -> tuple[TextRows, Any]:
@@ -308,8 +318,8 @@ class _Text:
                 if len(self._window) - self._at > MAX_ROW or not self._more():
                     raise self.wrong("a whole JSON value") from None
                 continue
-            if end == len(self._window) and self._more():
-                continue  # a number may go on
+            if len(self._window) - end < 4 and self._more():
+                continue  # a number may go on, as "1" in "1e-5"
             start, taken = self.position, self._window[self._at : end]
             self.position += len(taken) if taken.isascii() else len(taken.encode())
             self._at = end

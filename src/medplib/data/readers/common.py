@@ -25,11 +25,15 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 SPLITS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 
-class Unusable(Exception):
+class Skip(Exception):
+    """A row that was not asked for: another split, another language."""
+
+
+class Unusable(InputError):
     """A row that gives no record: `kind`, and an example of it."""
 
     def __init__(self, kind: str, example: str = "") -> None:
-        super().__init__(kind)
+        super().__init__(f"{kind}: {example}" if example else kind)
         self.kind, self.example = kind, example
 
 
@@ -133,6 +137,8 @@ def index(
     def look(number: int, row: Any) -> bool:
         try:
             check(row)
+        except Skip:
+            return False
         except Unusable as error:
             report.add("dropped", error.kind, error.example or f"row {number} of {path.name}")
             return False
@@ -239,3 +245,20 @@ def closed(answer: str) -> str:
 def with_choices(question: str, choices: Sequence[str]) -> str:
     """The question with its choices below, by letter."""
     return "\n".join([question, *(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))])
+
+
+def pair_up(messages: Any) -> list[tuple[str, str]]:
+    """LLaVA's list of {"from": "human" | "gpt", "value": text} -> (question, answer) pairs, or Unusable."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise Unusable("no conversation")
+    if len(messages) % 2:
+        raise Unusable("a question without an answer")
+    pairs = []
+    for asked, said in zip(messages[::2], messages[1::2], strict=True):
+        for message, roles in ((asked, ("human", "user")), (said, ("gpt", "assistant"))):
+            if not isinstance(message, dict) or message.get("from") not in roles:
+                raise Unusable("turns out of order")
+            if not isinstance(message.get("value"), str):
+                raise Unusable("empty question or answer")
+        pairs.append((asked["value"], said["value"]))
+    return pairs

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from medplib.conversation import IMAGE, REGION, SEG
 from medplib.data.files import ImageFile, MaskFile
-from medplib.data.names import slice_name, spoken
+from medplib.data.names import CLASSES, class_names, slice_name, spoken
 from medplib.data.readers.common import (
     Listing,
     Store,
@@ -25,6 +24,7 @@ from medplib.data.readers.common import (
     image_store,
     index,
     open_store,
+    pair_up,
     split_of,
     with_suffix,
 )
@@ -35,7 +35,6 @@ from medplib.data.rows import scan_json
 from medplib.errors import InputError
 
 KINDS = ("complex", "region", "grounding")
-CLASSES = "SAMed2D_v1_class_mapping_id.json"
 _REGION = re.compile(r"((?:<region>\s*)+)([^<>]*?)((?:\s*</region>)+)")
 _MASK = re.compile(r"((?:<SEG>\s*)*)((?:<mask>\s*)+)([^<>]*?)((?:\s*</mask>)+)")
 
@@ -160,23 +159,6 @@ def take_apart(row: Any) -> Conversation:
     return Conversation(image, tuple(turns), tuple(regions), tuple(masks), tuple(repairs))
 
 
-def pair_up(messages: Any) -> list[tuple[str, str]]:
-    """LLaVA's list of {"from": "human" | "gpt", "value": text} -> (question, answer) pairs, or Unusable."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise Unusable("no conversation")
-    if len(messages) % 2:
-        raise Unusable("a question without an answer")
-    pairs = []
-    for asked, said in zip(messages[::2], messages[1::2], strict=True):
-        for message, roles in ((asked, ("human", "user")), (said, ("gpt", "assistant"))):
-            if not isinstance(message, dict) or message.get("from") not in roles:
-                raise Unusable("turns out of order")
-            if not isinstance(message.get("value"), str):
-                raise Unusable("empty question or answer")
-        pairs.append((asked["value"], said["value"]))
-    return pairs
-
-
 def _file_name(text: str, repairs: list[str]) -> str:
     if not text.strip():
         raise Unusable("a tag without a file")
@@ -220,17 +202,3 @@ def _class_names(store: Store) -> dict[str, dict[int, str]]:
     """{data set: {class number: name}}, if SA-Med2D's table lies beside the images."""
     file = store.file(CLASSES)
     return class_names(file.read()) if file.exists() else {}
-
-
-def class_names(data: bytes) -> dict[str, dict[int, str]]:
-    """{data set: {class number: name}} of SAMed2D_v1_class_mapping_id.json. Raises InputError."""
-    import json
-
-    try:
-        table = json.loads(data)
-        return {
-            dataset: {int(number): name for name, number in classes.items()}
-            for dataset, classes in table.items()
-        }
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{CLASSES} is no table {{data set: {{class: number}}}}: {error}.") from error
