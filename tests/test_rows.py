@@ -1,6 +1,7 @@
 """Rows by their place: the same rows as json and csv give, at 8 bytes each."""
 
 import csv
+import gc
 import json
 import pickle
 import tracemalloc
@@ -114,7 +115,7 @@ def pmc(count: int) -> str:
 
 @pytest.mark.parametrize(
     ("name", "file", "text", "count"),
-    [("llava_med", "rows.json", llava, 100_000), ("pmc_vqa", "train.csv", pmc, 30_000)],
+    [("llava_med", "rows.json", llava, 100_000), ("pmc_vqa", "train.csv", pmc, 10_000)],
 )
 def test_what_stays_of_a_large_file_is_8_bytes_per_row(tmp_path, name, file, text, count):
     (tmp_path / "a.png").write_bytes(b"")
@@ -123,6 +124,7 @@ def test_what_stays_of_a_large_file_is_8_bytes_per_row(tmp_path, name, file, tex
     (tmp_path / file).write_text(text(count))
     tracemalloc.start()
     records = read(name, tmp_path / file)
+    gc.collect()  # the reader of csv leaves a cycle
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(records) == count

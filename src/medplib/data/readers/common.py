@@ -165,12 +165,11 @@ def find_files(path: str | os.PathLike, patterns: Sequence[str], what: str) -> l
 
 
 def split_of(path: str | os.PathLike) -> str | None:
-    """ "train", "val", "test" or None, by the words in a file's name, else in its folder's."""
+    """ "train", "val", "test" or None, by the words in a file's name, else by its folder's name."""
     path = Path(path)
-    for text in (path.stem, path.parent.name):
-        for word in re.split(r"[^a-z]+", text.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
+    for word in (*re.split(r"[^a-z]+", path.stem.lower()), path.parent.name.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
     return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,7 @@ def read_imageclef(
     if year not in (None, 2019, 2021):
         raise InputError(f"year must be 2019 or 2021, got {year!r}.")
     found = find_files(path, ("**/*.txt",), "ImageCLEF VQA-Med")
-    files = [file for file in found if year is None or str(year) in str(file)]
-    files = [file for file in files if _is_table(file)]
+    files = [file for file in found if year in (None, _year(file, Path(path))) and _is_table(file)]
     whole = [file for file in files if "ByCategory" not in str(file)]  # the same lines again, by category
     if not files:
         raise InputError(
@@ -66,6 +66,13 @@ class ParseLine:
         name = image if image.lower().endswith(IMAGE_SUFFIXES) else image + self.suffix
         extra = {"category": category[0]} if category else {}
         return Vqa(((question, answer),), name, None, closed(answer), case=image, extra=extra)
+
+
+def _year(file: Path, root: Path) -> int | None:
+    """The year in the names below the given folder, else in its own."""
+    names = "" if file == root else file.relative_to(root).as_posix()
+    found = re.search(r"2019|2021", names) or re.search(r"2019|2021", root.name)
+    return int(found[0]) if found else None
 
 
 def _is_table(file: Path) -> bool:
