@@ -10,6 +10,7 @@ _WHERE = {
     "Structure": "samples",
     "MODALITIES": "samples",
     "TIERS": "samples",
+    "Bytes": "files",
     "File": "files",
     "ImageFile": "files",
     "MaskFile": "files",

@@ -5,7 +5,6 @@ What is found is an error (not fit) or a warning; KINDS says which and why.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from array import array
 from collections import Counter
@@ -17,6 +16,7 @@ import numpy as np
 
 from medplib.conversation import CONTROL_TOKENS, IMAGE, REGION, SEG
 from medplib.data.duplicates import close_pairs, difference_hash
+from medplib.data.files import digest64, identity
 from medplib.data.record import Record
 from medplib.data.report import EXAMPLES, ReadReport
 from medplib.errors import InputError
@@ -187,7 +187,7 @@ class _Census:
 
     def _picture(self, image: Any, record: Record) -> int:
         """The number of a picture, which is read when it is met first."""
-        key = _place(image)
+        key = identity(image)
         number = self.known.get(key)
         if number is None:
             number = self.known[key] = len(self.sizes)
@@ -213,7 +213,7 @@ class _Census:
             if self.sizes[number] is not None:
                 self.add("blank picture", str(image))
         self.hashes.append(difference_hash(pixels))
-        self.contents.append(_digest(str(pixels.shape).encode() + pixels.tobytes()))
+        self.contents.append(digest64(str(pixels.shape).encode() + pixels.tobytes()))
 
     def _mask(self, pixels: Any, size: tuple[int, int], record: Record) -> None:
         where = f"{record.source} {record.row}: {pixels}"
@@ -223,7 +223,7 @@ class _Census:
             except InputError as error:
                 self.add("region outside", f"{record.source} {record.row}: {error}")
             return
-        key = (_place(pixels), size[0] << 32 | size[1])
+        key = (identity(pixels), size[0] << 32 | size[1])
         if key in self.masks_seen:
             return
         self.masks_seen.add(key)
@@ -291,14 +291,3 @@ class _Census:
             queues.append([int(numbers[i]) for i in chosen])
         turns = [queue[i] for i in range(count) for queue in queues if i < len(queue)]
         return turns[:count]
-
-
-def _place(pixels: Any) -> int:
-    """64 bits that tell pictures and masks apart: of their file's name, or of the bytes they hold."""
-    parts = getattr(pixels, "masks", (pixels,))
-    held = b"".join(getattr(getattr(part, "file", None), "data", b"") for part in parts)
-    return _digest(repr(pixels).encode() if not held else held + str(getattr(pixels, "value", "")).encode())
-
-
-def _digest(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

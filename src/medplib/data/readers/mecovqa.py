@@ -58,26 +58,30 @@ def read_mecovqa(
 ) -> RecordSet:
     """MeCoVQA from its folder or one of its JSON files.
 
-    split   "train", "test" or "zeroshot"
+    split   "train", "test" or "zeroshot"; "val" in converted sets
     kind    "complex", "region" or "grounding"; None takes all that are there
     images  the folder or zip that holds images/ and masks/, if it is not the same folder
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)} or None, got {kind!r}.")
-    patterns = [f"{folder}*.json" for folder in ("", "train/", "test/", "zeroshot4grounding/")]
-    files = [file for file in find_files(path, patterns, "MeCoVQA") if not file.name.startswith("SAMed2D")]
-    chosen = [file for file in files if split in (None, _split(file)) and kind in (None, _kind(file))]
+    patterns = ("*.json", "train/*.json", "test/*.json", "zeroshot4grounding/*.json", "*/MeCoVQA*.json")
+    named = [
+        (file, _split(file, Path(path)))
+        for file in find_files(path, patterns, "MeCoVQA")
+        if not file.name.startswith("SAMed2D")
+    ]
+    chosen = [(file, name) for file, name in named if split in (None, name) and kind in (None, _kind(file))]
     if not chosen:
-        there = ", ".join(sorted({f"{_split(f)}/{_kind(f)}" for f in files}))
+        there = ", ".join(sorted({f"{name}/{_kind(file)}" for file, name in named}))
         raise InputError(
             f"No MeCoVQA file of split {split!r} and kind {kind!r} in {str(path)!r}. There: {there}."
         )
     report, parts = ReadReport(), []
-    for file in chosen:
+    for file, name in chosen:
         store = image_store(file, None, _first_image(file), ()) if images is None else open_store(images)
         listing = Listing(store)
         rows, kept = index(file, lambda row, listing=listing: _check(row, listing, report), report)
-        parts.append((rows, kept, MecovqaRow(store, _split(file), _kind(file), _class_names(store))))
+        parts.append((rows, kept, MecovqaRow(store, name, _kind(file), _class_names(store))))
     return build("MeCoVQA", parts, report, "Give images=FOLDER if images/ and masks/ lie elsewhere.")
 
 
@@ -185,8 +189,11 @@ def _kind(file: Path) -> str | None:
     return next((kind for kind in KINDS if kind in file.name.lower()), None)
 
 
-def _split(file: Path) -> str | None:
-    return "zeroshot" if file.parent.name == "zeroshot4grounding" else split_of(file)
+def _split(file: Path, root: Path) -> str | None:
+    """ "zeroshot", what the names say, or the folder's name below the data set's."""
+    if file.parent.name == "zeroshot4grounding":
+        return "zeroshot"
+    return split_of(file) or (None if root in (file, file.parent) else file.parent.name)
 
 
 def _first_image(file: Path) -> str:
