@@ -37,7 +37,10 @@ def records(tmp_path):
             (("Find both.", "<ref>x</ref> <SEG>, <SEG>"), ("Again?", "<SEG>")),
             (b,), (), (one, two, half), labels=("left lung", "heart", "heart"), **common,
         ),
-        Record((("What is <region>?", "Fat."),), (a,), (Box(1, 2, 9, 12),), source="toy", split="val", modality="X-ray"),
+        Record(
+            (("What is <region>?", "Fat."),),
+            (a,), (Box(1, 2, 9, 12),), source="toy", split="val", modality="X-ray",
+        ),
         Record((("And <region>?", "Fat."),), (held,), (Point(30, 3),), source="toy", case="set/p.2"),
     ]  # fmt: skip
 

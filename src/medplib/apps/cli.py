@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from medplib.apps.data_cli import data
 from medplib.errors import InputError, MedPLIBError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data, name="data")
 
 
 def main() -> None:
