@@ -239,19 +239,18 @@ class Archive:
 
 
 @lru_cache(maxsize=16)
-def open_archive(path: str, modified: int) -> Archive:
-    """The archive at `path`, kept open; `modified` is its time of change, so that a new file is seen."""
-    del modified
+def _open_archive(path: str, modified: int, size: int) -> Archive:
+    del modified, size  # a changed file is another archive
     return Archive(path)
 
 
 def archive_at(path: str) -> Archive:
-    """`open_archive` of the file as it is now. Raises InputError if there is none."""
+    """The archive at `path` as it is now, kept open. Raises InputError if there is none."""
     try:
-        modified = os.stat(path).st_mtime_ns
+        status = os.stat(path)
     except OSError:
-        modified = 0  # Archive says what is wrong
-    return open_archive(path, modified)
+        return Archive(path)  # says what is wrong
+    return _open_archive(path, status.st_mtime_ns, status.st_size)
 
 
 def refuse_split(path: str | os.PathLike) -> None:

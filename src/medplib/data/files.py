@@ -46,7 +46,9 @@ class File:
             if self.member is None:
                 return Path(self.path).read_bytes()
             return archive_at(self.path).read(self.member)
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
             reason = error.args[0] if isinstance(error, KeyError) else error
             raise InputError(f"{str(self)!r} cannot be read: {reason}. Check that it is there.") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ class ParquetRows:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         self.name = Path(self.path).name
-        metadata = _file(self.path, os.getpid()).metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        file = self._file()
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         self._ends = np.cumsum(sizes, dtype=np.int64)
-        self.columns = tuple(_file(self.path, os.getpid()).schema_arrow.names)
+        self.columns = tuple(file.schema_arrow.names)
         self.digest = _footer_digest(self.path)
 
     def __len__(self) -> int:
@@ -36,13 +37,15 @@ class ParquetRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[group - 1]) if group else 0
-        return _group(self.path, group, os.getpid()).slice(index - start, 1).to_pylist()[0]
+        with _damage(self.path):
+            table = _group(self.path, os.stat(self.path).st_mtime_ns, os.getpid(), group)
+            return table.slice(index - start, 1).to_pylist()[0]
 
     def heavy(self, column: str) -> bool:
         """Whether the column holds one picture per row: bytes, or bytes beside a path."""
         import pyarrow.types
 
-        kind = _file(self.path, os.getpid()).schema_arrow.field(column).type
+        kind = self._file().schema_arrow.field(column).type
         return any(
             getattr(pyarrow.types, f"is_{name}")(kind) for name in ("struct", "binary", "large_binary")
         )
@@ -53,31 +56,44 @@ class ParquetRows:
         if not there:
             yield from ({} for _ in range(len(self)))
             return
-        for batch in _file(self.path, os.getpid()).iter_batches(columns=there):
-            yield from batch.to_pylist()
+        with _damage(self.path):
+            for batch in self._file().iter_batches(columns=there):
+                yield from batch.to_pylist()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the index in memory."""
         return self._ends.nbytes
 
+    def _file(self) -> Any:
+        with _damage(self.path):
+            return _open(self.path, os.stat(self.path).st_mtime_ns, os.getpid())
+
+
+@contextlib.contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """What pyarrow raises for a damaged file (many types, all of these) as an InputError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:  # ArrowInvalid is a ValueError
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path!r} is not a readable Parquet file: {error}. Fetch it again.") from error
+
 
 @lru_cache(maxsize=8)
-def _file(path: str, process: int) -> Any:
-    del process  # a forked worker opens its own
+def _open(path: str, modified: int, process: int) -> Any:
+    del modified, process  # a changed file is another one; a forked worker opens its own
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f"Reading {path!r} needs pyarrow: pip install 'medplib[data]'.") from error
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path!r} is not a readable Parquet file: {error}. Fetch it again.") from error
+    return pyarrow.parquet.ParquetFile(path)
 
 
 @lru_cache(maxsize=2)
-def _group(path: str, group: int, process: int) -> Any:
-    return _file(path, process).read_row_group(group)
+def _group(path: str, modified: int, process: int, group: int) -> Any:
+    return _open(path, modified, process).read_row_group(group)
 
 
 def _footer_digest(path: str) -> str:

@@ -176,10 +176,14 @@ def polygons_mask(polygons: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _frozen(segmentation: Any) -> tuple:
-    if isinstance(segmentation, Mapping):
-        counts = segmentation["counts"]
-        return ("rle", tuple(segmentation["size"]), tuple(counts) if isinstance(counts, list) else counts)
-    return ("polygons", tuple(tuple(float(number) for number in polygon) for polygon in segmentation))
+    """The outline of a Shape. Raises InputError for what is neither polygons nor an encoding."""
+    try:
+        if isinstance(segmentation, Mapping):
+            counts = segmentation["counts"]
+            return ("rle", tuple(segmentation["size"]), tuple(counts) if isinstance(counts, list) else counts)
+        return ("polygons", tuple(tuple(float(number) for number in polygon) for polygon in segmentation))
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise InputError(f"{segmentation!r:.80} is neither polygons nor a run-length encoding.") from error
 
 
 @dataclass
@@ -203,7 +207,7 @@ def _index(
     for key, at, row in scan_json(file, inside=("images", "annotations", "categories")):
         if key not in ("images", "annotations", "categories") or not isinstance(row, dict):
             continue
-        if not isinstance(row.get("id"), int):
+        if key != "annotations" and not _is_id(row.get("id")):
             raise InputError(f"{str(file)!r}: ids must be whole numbers, got {row.get('id')!r} at byte {at}.")
         if key == "categories":
             categories[row.get("id")] = spoken(str(row.get("name", "")))
@@ -233,12 +237,21 @@ def _note(row: dict[str, Any], found: _Found, crowds: bool, report: ReadReport) 
     """Keep an annotation, or say why not."""
     if row.get("iscrowd") and not crowds:
         report.add("dropped", "crowd", f"annotation {row.get('id')}")
-    elif not row.get("segmentation") or not isinstance(row.get("image_id"), int):
+    elif not row.get("segmentation") or not _is_id(row.get("image_id")) or not _is_id(row.get("category_id")):
         report.add("dropped", "annotation without a segmentation or image", f"annotation {row.get('id')}")
     else:
+        try:
+            _frozen(row["segmentation"])
+        except InputError as error:
+            report.add("dropped", "damaged segmentation", f"annotation {row.get('id')}: {error}")
+            return
         found.note_rows.append(len(found.starts) - 1)
         found.note_images.append(row["image_id"])
-        found.note_categories.append(row.get("category_id", -1))
+        found.note_categories.append(row["category_id"])
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 62
 
 
 def _group(

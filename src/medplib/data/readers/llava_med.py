@@ -38,6 +38,8 @@ def parse_conversation(row: Any) -> Vqa:
         plain(question, answer)
         turns.append((question, answer))
     image = row.get("image")
+    if image is not None and not isinstance(image, str):
+        raise Unusable("no image named", repr(image)[:80])
     domains = row.get("domain") if isinstance(row.get("domain"), dict) else {}
     found = [name for name, true in domains.items() if true]
     modality = _DOMAINS.get(found[0]) if len(found) == 1 else None

@@ -56,7 +56,7 @@ def read_nnunet(
     root = Path(path).resolve()
     about = _read_json(root / "dataset.json")
     names, modality = _labels(about, root), _modality(about, channel)
-    ending = about.get("file_ending", ".nii.gz")
+    ending = about.get("file_ending") or ".nii.gz"
     report, parts = ReadReport(), []
     for name, suffix in _FOLDERS.items():
         folder = root / f"labels{suffix}"
@@ -210,6 +210,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not valid JSON: {error}.") from error
-    if not isinstance(about, dict) or not isinstance(about.get("labels"), dict):
-        raise InputError(f"{str(path)!r} must be an object with `labels`.")
+    kinds = {"labels": dict, "file_ending": str, "channel_names": dict, "modality": dict}
+    for key, kind in kinds.items():
+        if not isinstance(about, dict) or not isinstance(about.get(key, kind()), kind):
+            raise InputError(f"{str(path)!r}: {key} must be {'a text' if kind is str else 'an object'}.")
     return about
