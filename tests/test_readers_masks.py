@@ -393,7 +393,8 @@ def coco(tmp_path):
 
 
 def test_coco_has_a_record_per_image_and_category(coco):
-    nucleus, vessel = read("coco", coco, modality="microscopy")
+    nucleus, vessel = records = read("coco", coco, modality="microscopy")
+    assert records.nbytes == 8 * (2 + 8 + 1) + 8 * 3 + 16 * 2 + 8  # of 8 annotations 3 are used
     assert nucleus.turns == (("Segment the nucleus.", "Here is the <ref>nucleus</ref> <SEG>."),)
     assert (nucleus.split, nucleus.modality, nucleus.extra) == (
         "train", "microscopy", {"image_id": 1, "instances": 2},

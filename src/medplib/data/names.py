@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from medplib.errors import InputError
@@ -64,12 +63,14 @@ def slice_name(path: str) -> SliceName | None:
 
     Case names hold dots and single dashes; parts are separated by two dashes.
     """
-    name = PurePosixPath(path).name
+    name = path.rpartition("/")[2]
     if name.lower().endswith((".png", ".jpg", ".jpeg")):
-        name = name.rsplit(".", 1)[0]
+        name = name.rpartition(".")[0]
     parts = name.split("--")
-    if len(parts) == 5 and (numbers := re.fullmatch(r"(\d+)_(\d+)", parts[4])):
-        return SliceName(*parts[:4], int(numbers[1]), int(numbers[2]))
+    if len(parts) == 5:
+        number, _, instance = parts[4].partition("_")
+        if number.isdecimal() and instance.isdecimal():
+            return SliceName(*parts[:4], int(number), int(instance))
     return SliceName(*parts) if len(parts) == 4 and all(parts) else None
 
 

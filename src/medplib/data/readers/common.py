@@ -87,7 +87,8 @@ class Listing:
 
     def has(self, name: str) -> bool:
         """Whether a file of this name is there. Names that lead out of the store are not."""
-        name = posixpath.normpath(name.replace("\\", "/"))
+        if "\\" in name or "./" in name or "//" in name:
+            name = posixpath.normpath(name.replace("\\", "/"))
         if name.startswith(("..", "/")) or "\0" in name:
             return False
         if self.store.prefix is not None:
