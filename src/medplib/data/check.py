@@ -109,7 +109,7 @@ def check_records(
         raise InputError(f"No kind of problem is called {unknown[0]!r}. Known: {', '.join(KINDS)}.")
     if not 0 <= distance <= 15:
         raise InputError(f"distance must be 0 to 15 bits, got {distance}.")
-    census = _Census()
+    census = _Census(records)
     for number in progress(range(len(records))):
         try:
             record = records[number]
@@ -117,33 +117,47 @@ def check_records(
             census.add("unreadable", str(error))
             continue
         census.look(number, record)
-    census.splits()
+    census.leaks()
     census.alike(distance)
     census.reading(read_report if read_report is not None else getattr(records, "report", None))
     problems = [census.problems[kind] for kind in KINDS if kind in census.problems]
     for problem in problems:
         problem.level = "warning" if problem.kind in allow else problem.level
     counts = {name: dict(counter.most_common()) for name, counter in census.counts.items()}
-    return CheckReport(len(records), len(census.known), counts, problems, census.spread(samples))
+    return CheckReport(len(records), len(census.pictures.known), counts, problems, census.spread(samples))
+
+
+class _Pictures:
+    """What is known of each picture: 50 bytes in arrays, and its place in a dict."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}  # 64 bits of a picture's place -> its number in the arrays
+        self.heights, self.widths = array("I"), array("I")  # 0: unreadable
+        self.hashes, self.contents = array("Q"), array("Q")
+        self.blank = array("B")
+        self.cases = array("I")  # 0: unknown
+        self.splits = array("Q")  # a bit per split
+        self.records, self.places = array("Q"), array("H")  # where it was met first
+
+    def usable(self) -> np.ndarray:
+        """The numbers of those that can be compared."""
+        return np.flatnonzero((np.array(self.heights) > 0) & (np.array(self.blank) == 0))
 
 
 class _Census:
-    """What is known of the records looked at so far: per picture some numbers, no pixels and no records."""
+    """What is known of the records looked at so far: no pixels and no records."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
         self.problems: dict[str, Problem] = {}
         names = ("split", "task", "source", "modality", "answer type", "class", "token")
         self.counts: dict[str, Counter] = {name: Counter() for name in names}
         self.groups: dict[tuple, array] = {}  # (source, task, modality) -> record numbers
-        self.known: dict[int, int] = {}  # 64 bits of a picture's place -> its number below
-        self.sizes: list[tuple[int, int] | None] = []
-        self.hashes, self.contents = array("Q"), array("Q")
-        self.names: list[str] = []
-        self.blank: set[int] = set()
-        self.cases: list[str | None] = []
-        self.in_splits: list[set[str]] = []
-        self.case_splits: dict[str, set[str]] = {}
-        self.masks_seen: set[tuple[int, int]] = set()
+        self.pictures = _Pictures()
+        self.splits: list[str] = []
+        self.cases: dict[tuple[str, str], int] = {}  # (source, case) -> its number, from 1
+        self.case_splits = array("Q", [0])  # of a case's number
+        self.masks_seen: set[int] = set()
 
     def add(self, kind: str, example: str, count: int = 1) -> None:
         problem = self.problems.setdefault(kind, Problem(kind, KINDS[kind][0]))
@@ -161,16 +175,30 @@ class _Census:
         self.counts["class"].update(record.labels)
         key = (record.source, record.task, record.modality)
         self.groups.setdefault(key, array("Q")).append(number)
-        if record.case and record.split:
-            self.case_splits.setdefault(record.case, set()).add(record.split)
         self._words(record)
-        place = None
-        for image in record.images:
-            place = self._picture(image, record)
-        size = self.sizes[place] if place is not None else None
-        if size is not None:
+        split, case = self._split_and_case(record)
+        size = (0, 0)
+        for place, image in enumerate(record.images):
+            picture = self._picture(image, case, (number, place))
+            self.pictures.splits[picture] |= split
+            size = self.pictures.heights[picture], self.pictures.widths[picture]
+        if size[0]:
             for pixels in (*record.masks, *record.regions):
                 self._mask(pixels, size, record)
+
+    def _split_and_case(self, record: Record) -> tuple[int, int]:
+        """The split's bit, 0 for none, and the case's number, 0 for none."""
+        split = case = 0
+        if record.split:
+            if record.split not in self.splits:
+                self.splits.append(record.split)
+            split = 1 << min(self.splits.index(record.split), 63)
+        if record.case:
+            case = self.cases.setdefault((record.source, record.case), len(self.case_splits))
+            if case == len(self.case_splits):
+                self.case_splits.append(0)
+            self.case_splits[case] |= split
+        return split, case
 
     def _words(self, record: Record) -> None:
         where = f"{record.source} {record.row}"
@@ -185,35 +213,30 @@ class _Census:
             if answer.count("<ref>") != answer.count("</ref>"):
                 self.add("control token", f"{where}: <ref> and </ref> in {answer[:80]!r}")
 
-    def _picture(self, image: Any, record: Record) -> int:
+    def _picture(self, image: Any, case: int, place: tuple[int, int]) -> int:
         """The number of a picture, which is read when it is met first."""
-        key = identity(image)
-        number = self.known.get(key)
-        if number is None:
-            number = self.known[key] = len(self.sizes)
-            self._read(image, number)
-            self.names.append(str(image))
-            self.cases.append(record.case)
-            self.in_splits.append(set())
-        if record.split:
-            self.in_splits[number].add(record.split)
-        return number
-
-    def _read(self, image: Any, number: int) -> None:
+        all_of, key = self.pictures, identity(image)
+        if key in all_of.known:
+            return all_of.known[key]
+        number = all_of.known[key] = len(all_of.hashes)
+        pixels = np.zeros((0, 0, 3), np.uint8)
         try:
             pixels = image.load()
         except InputError as error:
             self.add("unreadable", str(error))
-            self.sizes.append(None)
-            pixels = np.zeros((1, 1, 3), np.uint8)
-        else:
-            self.sizes.append(pixels.shape[:2])
-        if pixels.min() == pixels.max():
-            self.blank.add(number)
-            if self.sizes[number] is not None:
-                self.add("blank picture", str(image))
-        self.hashes.append(difference_hash(pixels))
-        self.contents.append(digest64(str(pixels.shape).encode() + pixels.tobytes()))
+        blank = bool(not pixels.size or pixels.min() == pixels.max())
+        if blank and pixels.size:
+            self.add("blank picture", str(image))
+        all_of.heights.append(pixels.shape[0])
+        all_of.widths.append(pixels.shape[1])
+        all_of.blank.append(blank)
+        all_of.hashes.append(0 if blank else difference_hash(pixels))
+        all_of.contents.append(digest64(str(pixels.shape).encode() + pixels.tobytes()))
+        all_of.cases.append(case)
+        all_of.splits.append(0)
+        all_of.records.append(place[0])
+        all_of.places.append(min(place[1], 0xFFFF))
+        return number
 
     def _mask(self, pixels: Any, size: tuple[int, int], record: Record) -> None:
         where = f"{record.source} {record.row}: {pixels}"
@@ -223,7 +246,7 @@ class _Census:
             except InputError as error:
                 self.add("region outside", f"{record.source} {record.row}: {error}")
             return
-        key = (identity(pixels), size[0] << 32 | size[1])
+        key = digest64(f"{identity(pixels)} {size}".encode())
         if key in self.masks_seen:
             return
         self.masks_seen.add(key)
@@ -242,36 +265,44 @@ class _Census:
             sizes = f"{width} x {height}, its picture {size[1]} x {size[0]}"
             self.add("mask size" if fits else "mask shape", f"{where} is {sizes}")
 
-    def splits(self) -> None:
-        """Cases and equal pictures in more than one split."""
-        for case, splits in self.case_splits.items():
-            if len(splits) > 1:
-                self.add("case in splits", f"{case} in {', '.join(sorted(splits))}")
+    def leaks(self) -> None:
+        """Cases and files in more than one split."""
+        for (_, case), number in self.cases.items():
+            if self.case_splits[number].bit_count() > 1:
+                self.add("case in splits", f"{case} in {self._split_names(self.case_splits[number])}")
+        for number, splits in enumerate(self.pictures.splits):
+            if splits.bit_count() > 1:
+                self.add("picture in splits", f"{self._name(number)} in {self._split_names(splits)}")
 
     def alike(self, distance: int) -> None:
         """Equal and similar pictures."""
-        usable = np.array([i for i in range(len(self.sizes)) if self.sizes[i] and i not in self.blank], int)
-        contents, hashes = np.array(self.contents, np.uint64), np.array(self.hashes, np.uint64)
-        for number, splits in enumerate(self.in_splits):  # one file
-            if len(splits) > 1:
-                self.add("picture in splits", f"{self.names[number]} in {', '.join(sorted(splits))}")
-        if not len(usable):
-            return
-        for pairs, kinds in (
-            (close_pairs(contents[usable], 0), ("duplicate", "picture in splits")),
-            (close_pairs(hashes[usable], distance), ("near duplicate", "alike in splits")),
+        all_of, usable = self.pictures, self.pictures.usable()
+        contents, hashes = np.array(all_of.contents, np.uint64), np.array(all_of.hashes, np.uint64)
+        cases, splits = np.array(all_of.cases), all_of.splits
+        for found, leak, values, bits in (
+            ("duplicate", "picture in splits", contents, 0),
+            ("near duplicate", "alike in splits", hashes, distance),
         ):
-            for a, b in usable[pairs].tolist():
-                near = kinds[0] == "near duplicate"
-                if near and (
-                    contents[a] == contents[b] or (self.cases[a] and self.cases[a] == self.cases[b])
-                ):
-                    continue
-                names = f"{self.names[a]} and {self.names[b]}"
-                self.add(kinds[0], names)
-                both = self.in_splits[a] | self.in_splits[b]
-                if len(both) > 1 and len(self.in_splits[a]) == len(self.in_splits[b]) == 1:
-                    self.add(kinds[1], f"{names} in {', '.join(sorted(both))}")
+            pairs = usable[close_pairs(values[usable], bits)]
+            if found == "near duplicate":
+                a, b = pairs[:, 0], pairs[:, 1]
+                pairs = pairs[(contents[a] != contents[b]) & ((cases[a] != cases[b]) | (cases[a] == 0))]
+            for a, b in pairs.tolist():
+                both = splits[a] | splits[b]
+                told = len(self.problems[found].examples) < EXAMPLES if found in self.problems else True
+                leaks = both.bit_count() > 1 and splits[a].bit_count() == splits[b].bit_count() == 1
+                names = f"{self._name(a)} and {self._name(b)}" if told or leaks else ""
+                self.add(found, names)
+                if leaks:
+                    self.add(leak, f"{names} in {self._split_names(both)}")
+
+    def _name(self, number: int) -> str:
+        """The picture as its record names it."""
+        record = self.records[self.pictures.records[number]]
+        return str(record.images[self.pictures.places[number]])
+
+    def _split_names(self, bits: int) -> str:
+        return ", ".join(sorted(name for i, name in enumerate(self.splits) if bits >> i & 1))
 
     def reading(self, report: ReadReport | None) -> None:
         """What the reader met before there were records."""
