@@ -133,6 +133,14 @@ def test_mecovqa_takes_pictures_from_a_zip_and_names_from_the_class_table(mecovq
     assert record.to_sample().prompts[0].to_mask((20, 30)).sum() == 40
 
 
+def test_mecovqa_finds_its_folder_when_the_first_picture_is_missing(mecovqa):
+    file = mecovqa / "train" / "MeCoVQA-Complex.json"
+    put(file, [mecovqa_row("Which?", "CT.", image="images/gone.png"), *json.loads(file.read_text())])
+    records = read("mecovqa", file)
+    assert len(records) == 1
+    assert records.report.counts["dropped"] == {"image missing": 1}
+
+
 # ------------------------------------------------------------------------------------------ SA-Med2D
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,8 +202,10 @@ def _index(
     file: Path, folder: str | os.PathLike | None, crowds: bool, report: ReadReport
 ) -> tuple[CocoRows, dict[int, str]]:
     found, categories = _Found(), {}
-    store = None if folder is None else open_store(folder)
-    listing = None if store is None else Listing(store)
+    ending = file.stem.split("_")[-1]  # of instances_train2017.json
+    near = ("images", f"images/{ending}", ending)
+    store = image_store(file, _images(file), near) if folder is None else open_store(folder)
+    listing = Listing(store)
     for key, at, row in scan_json(file, inside=("images", "annotations", "categories")):
         if key not in ("images", "annotations", "categories") or not isinstance(row, dict):
             continue
@@ -217,10 +219,6 @@ def _index(
             _note(row, found, crowds, report)
             continue
         name = str(row.get("file_name", ""))
-        if listing is None:
-            near = ("images", f"images/{file.stem.split('_')[-1]}", file.stem.split("_")[-1])
-            store = image_store(file, None, name, near)
-            listing = Listing(store)
         if not name or not isinstance(row.get("height"), int) or not isinstance(row.get("width"), int):
             report.add("dropped", "image without a name or size", str(row)[:80])
         elif not listing.has(name):
@@ -228,9 +226,14 @@ def _index(
         else:
             found.image_ids.append(row["id"])
             found.image_rows.append(len(found.starts) - 1)
-    if store is None:
-        raise InputError(f"{str(file)!r} lists no images; is it a COCO instance file?")
     return _group(file, store, found, categories, report), categories
+
+
+def _images(file: Path) -> Iterator[str]:
+    """The names of the images, to find the folder they are in."""
+    for key, _, row in scan_json(file, inside=("images", "annotations")):
+        if key == "images" and isinstance(row, dict):
+            yield str(row.get("file_name", ""))
 
 
 def _note(row: dict[str, Any], found: _Found, crowds: bool, report: ReadReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import re
@@ -187,20 +188,17 @@ def of_split(files: Sequence[Path], split: str | None, what: str) -> list[tuple[
     return chosen
 
 
-def image_store(path: Path, given: str | os.PathLike | None, first: str, folders: Sequence[str]) -> Store:
-    """Where the images are: what was given, or the first of `folders` below `path` that holds `first`.
+def image_store(path: Path, names: Iterable[str], folders: Sequence[str]) -> Store:
+    """Where the images are: the one of `folders` near the annotation file `path` that holds most of `names`.
 
-    `path` is the file or folder of the annotations; its parent and grandparent are looked at too. Falls back
-    to the folder itself, whose rows are then reported as missing.
+    Looked at are the file's folder and the two above it, the first 20 names alone. Falls back to the file's
+    own folder, whose rows are then reported as missing.
     """
-    if given is not None:
-        return open_store(given)
-    base = path if path.is_dir() else path.parent
-    for root in (base, base.parent, base.parent.parent):
-        for folder in ("", *folders):
-            if first and (root / folder / first).is_file():
-                return Store(str((root / folder).resolve()))
-    return Store(str(base.resolve()))
+    names = list(itertools.islice(names, 20))
+    roots = [path.parent, path.parent.parent, path.parent.parent.parent]
+    places = [root / folder for root in roots for folder in ("", *folders)]
+    hits = [sum((place / name).is_file() for name in names) for place in places]
+    return Store(str(places[hits.index(max(hits))].resolve()))
 
 
 # ------------------------------------------------------------------------------------------ texts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,7 +79,7 @@ def read_mecovqa(
         )
     report, parts = ReadReport(), []
     for file, name in chosen:
-        store = image_store(file, None, _first_image(file), ()) if images is None else open_store(images)
+        store = image_store(file, _images(file), ()) if images is None else open_store(images)
         listing = Listing(store)
         rows, kept = index(file, lambda row, listing=listing: _check(row, listing, report), report)
         parts.append((rows, kept, MecovqaRow(store, name, _kind(file), _class_names(store))))
@@ -196,13 +197,11 @@ def _split(file: Path, root: Path) -> str | None:
     return split_of(file) or (None if root in (file, file.parent) else file.parent.name)
 
 
-def _first_image(file: Path) -> str:
-    """The name of the first image, to find the folder it is in."""
+def _images(file: Path) -> Iterator[str]:
+    """The names of the images, to find the folder they are in."""
     for _, _, row in scan_json(file):
         if isinstance(row, dict) and isinstance(row.get("image"), str):
-            return with_suffix(row["image"])
-        break
-    return ""
+            yield with_suffix(row["image"])
 
 
 def _class_names(store: Store) -> dict[str, dict[int, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def read_vqa(
         store = (
             open_store(images)
             if images is not None
-            else image_store(file, None, _first(file, parse, table), folders)
+            else image_store(file, _images(file, parse, table), folders)
         )
         listing = Listing(store)
         rows, kept = index(
@@ -128,8 +128,8 @@ def _check(said: Vqa, listing: Listing | None, report: ReadReport) -> None:
         report.add("unknown", f"modality {words!r}", str(said.turns[0][0]))
 
 
-def _first(file: Path, parse: Parse, table: ParseCsv | None) -> str:
-    """The image of the first row that has one, to find the folder it is in."""
+def _images(file: Path, parse: Parse, table: ParseCsv | None) -> Iterator[str]:
+    """The names of the images, to find the folder they are in."""
     if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         rows = (row for _, _, row in scan_json(file))
     else:
@@ -140,8 +140,7 @@ def _first(file: Path, parse: Parse, table: ParseCsv | None) -> str:
         except (Skip, Unusable):
             continue
         if isinstance(image, str):
-            return image
-    return ""
+            yield image
 
 
 def _csv_rows(file: Path, table: ParseCsv | None) -> Any:
