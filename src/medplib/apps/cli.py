@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from medplib.apps.data_build import build
+from medplib.apps.data_cli import data
 from medplib.errors import InputError, MedPLIBError
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Data sets: build.", no_args_is_help=True)
-data.command()(build)
 app.add_typer(data, name="data")
 
 

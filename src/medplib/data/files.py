@@ -1,20 +1,20 @@
 """Where pixels are, without reading them: a file in a folder or inside a zip archive, as image or as mask.
 
-H, W height and width of the original image. Anything with `load()` can stand in for these two.
+H, W height and width of the original image. Anything with `load()` can stand in for these.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
-import threading
-import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from medplib.data.archive import archive_at
 from medplib.errors import InputError
 from medplib.io.images import load_image
 
@@ -38,24 +38,45 @@ class File:
         """Whether the file, or the archive and its member, are there."""
         if self.member is None:
             return os.path.isfile(self.path)
-        return os.path.isfile(self.path) and self.member in _archive(self.path, os.getpid()).NameToInfo
+        return os.path.isfile(self.path) and self.member in archive_at(self.path)
 
     def read(self) -> bytes:
         """All of its bytes. Raises InputError, naming it, when it cannot be read."""
         try:
             if self.member is None:
                 return Path(self.path).read_bytes()
-            with _lock:  # an archive has one position for all its readers
-                return _archive(self.path, os.getpid()).read(self.member)
-        except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-            raise InputError(f"{str(self)!r} cannot be read: {error}. Check that it is there.") from error
+            return archive_at(self.path).read(self.member)
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise InputError(f"{str(self)!r} cannot be read: {reason}. Check that it is there.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """The content of a file that a table holds itself; `name` is for messages."""
+
+    data: bytes
+    name: str = "bytes"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def exists(self) -> bool:
+        """Whether there are any."""
+        return bool(self.data)
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """A picture in a file."""
 
-    file: File
+    file: File | Bytes
 
     def __str__(self) -> str:
         return str(self.file)
@@ -72,7 +93,7 @@ class ImageFile:
 class MaskFile:
     """A mask in an image file: pixels >= 1 are foreground, or those equal to `value` of a label map."""
 
-    file: File
+    file: File | Bytes
     value: int | None = None
 
     def __str__(self) -> str:
@@ -80,23 +101,48 @@ class MaskFile:
 
     def load(self) -> np.ndarray:
         """bool (H, W). Raises InputError, naming the file."""
-        import io
-
-        data = self.file.read()
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                mode = "L" if image.mode in ("1", "L", "P") else "I"
-                pixels = np.array(image if image.mode in ("P", mode) else image.convert(mode))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"The mask {str(self.file)!r} cannot be read as an image: {error}.") from error
+        pixels = read_labels(self.file)
         return pixels >= 1 if self.value is None else pixels == self.value
 
 
-_lock = threading.RLock()
+@dataclass(frozen=True, slots=True)
+class UnionMask:
+    """Several masks as one: the instances of one class."""
+
+    masks: tuple[MaskFile, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(str(mask) for mask in self.masks)
+
+    def load(self) -> np.ndarray:
+        """bool (H, W). Raises InputError, naming the file, if one cannot be read or the sizes differ."""
+        whole = self.masks[0].load().copy()
+        for mask in self.masks[1:]:
+            part = mask.load()
+            if part.shape != whole.shape:
+                raise InputError(f"The masks {self} have sizes {whole.shape} and {part.shape}.")
+            whole |= part
+        return whole
 
 
-@lru_cache(maxsize=16)
-def _archive(path: str, process: int) -> zipfile.ZipFile:
-    """An open archive of this process (a forked worker opens its own)."""
-    del process
-    return zipfile.ZipFile(path)
+def read_labels(file: File | Bytes) -> np.ndarray:
+    """The numbers stored in an image of one channel, (H, W). Raises InputError, naming the file."""
+    data = file.read()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode = "I" if image.mode.startswith(("I", "F")) else "L"
+            return np.array(image if image.mode in ("P", mode) else image.convert(mode))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"The mask {str(file)!r} cannot be read as an image: {error}.") from error
+
+
+def identity(pixels: object) -> int:
+    """64 bits that tell pictures and masks apart: of their place, or of the bytes they hold."""
+    parts = getattr(pixels, "masks", (pixels,))
+    held = b"".join(getattr(getattr(part, "file", None), "data", b"") for part in parts)
+    return digest64(held + str(getattr(pixels, "value", "")).encode() if held else repr(pixels).encode())
+
+
+def digest64(data: bytes) -> int:
+    """64 bits of a hash of some bytes."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

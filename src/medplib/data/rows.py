@@ -1,0 +1,348 @@
+"""Rows of a large JSON or CSV file, found again by where they begin: 8 bytes of memory per row, no dict.
+
+A file is parsed once, piece by piece, to find and check its rows; later a row is read from its place. The
+file must not change in between: its size and time are kept, and a changed file is refused.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import json
+import os
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from medplib.errors import InputError
+
+CHUNK = 1 << 22  # bytes read at a time
+MAX_ROW = 1 << 26  # bytes of one row; a longer one is a damaged file
+_SPACE = " \t\r\n,"
+
+
+class Rows(Protocol):
+    """Rows that are read when asked for. Picklable; `digest` names their content, `nbytes` their memory."""
+
+    digest: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index in memory."""
+
+
+@dataclass(eq=False)
+class TextRows:
+    """Rows of a text file at `starts` (N + 1 byte positions); `parse` makes a row of its bytes."""
+
+    path: str
+    starts: np.ndarray
+    parse: Callable[[bytes], Any]
+    digest: str
+    stamp: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        start, end = int(self.starts[index]), int(self.starts[index + 1])
+        return self.parse(_open(self.path, self.stamp).read(end - start, start))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index in memory: 8 per row."""
+        return self.starts.nbytes
+
+
+class MemoryRows(Sequence):
+    """Rows held in memory, each packed as JSON text: for small lists and for what was found by walking."""
+
+    def __init__(self, rows: Iterable[Any]) -> None:
+        text, starts = bytearray(), array("Q", [0])
+        for row in rows:
+            text += json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode()
+            starts.append(len(text))
+        self._text, self._starts = bytes(text), np.array(starts, np.uint64)
+        self.digest = hashlib.sha256(self._text).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Any:
+        return json.loads(self._text[int(self._starts[index]) : int(self._starts[index + 1])])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index in memory: the text, and 8 per row."""
+        return len(self._text) + self._starts.nbytes
+
+
+Look = Callable[[int, Any], bool]  # (row number, row) -> whether to keep it
+
+
+class Descriptor:
+    """An open file, closed with its object: read by place, so it needs no lock and survives a fork."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
+
+    def read(self, length: int, place: int) -> bytes:
+        """`length` bytes from `place`, fewer at the end of the file."""
+        return os.pread(self.number, length, place)
+
+
+@lru_cache(maxsize=32)
+def _open(path: str, stamp: tuple[int, int]) -> Descriptor:
+    if _stamp(path) != stamp:
+        raise InputError(f"{path!r} has changed since its rows were found. Read the data set again.")
+    return Descriptor(path)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    """(bytes, time of change). Raises InputError if there is no such file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path!r} cannot be opened: {error.strerror}. Check the path.") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """sha256 of a file, as text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _finish(
+    path: str, starts: array, kept: array, stamp: tuple[int, int], parse: Any
+) -> tuple[TextRows, Any]:
+    """The rows, and the numbers of those kept (None: all)."""
+    rows = TextRows(path, np.array(starts, np.uint64), parse, file_digest(path), stamp)
+    return rows, None if len(kept) == len(rows) else np.array(kept, np.int64)
+
+
+# ------------------------------------------------------------------------------------------ CSV
+
+
+@dataclass(frozen=True)
+class ParseCsv:
+    """Bytes of one row -> {column: text}, or [text] without columns."""
+
+    columns: tuple[str, ...] = ()
+    delimiter: str = ","
+    quoting: int = csv.QUOTE_MINIMAL
+
+    def __call__(self, data: bytes) -> Any:
+        text = data.decode("utf-8", "replace").splitlines(keepends=True)
+        return self.of(next((row for row in self.reader(text) if row), []))
+
+    def reader(self, lines: Iterable[str]) -> Any:
+        """Python's reader with these settings."""
+        return csv.reader(lines, delimiter=self.delimiter, quoting=self.quoting)
+
+    def of(self, fields: list[str]) -> Any:
+        """The fields by the name of their column; missing ones are "", more than the columns are left out."""
+        if not self.columns:
+            return fields
+        return dict(zip(self.columns, [*fields, *[""] * len(self.columns)], strict=False))
+
+
+def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None) -> tuple[TextRows, Any]:
+    """The rows of a CSV file, and the numbers of those that `look(number, row)` keeps (None: all).
+
+    Without `parse` the first row names the columns. Raises InputError for a file that is no such table.
+    """
+    path = os.fspath(path)
+    stamp = _stamp(path)
+    starts, kept, position = array("Q"), array("Q"), 0
+
+    def lines() -> Iterator[str]:
+        nonlocal position
+        with open(path, "rb") as file:
+            for line in file:
+                position += len(line)
+                yield line.decode("utf-8-sig" if position == len(line) else "utf-8", "replace")
+
+    start = 0
+    reader = (parse or ParseCsv()).reader(lines())
+    try:
+        for fields in reader:
+            if fields and parse is None:
+                parse = ParseCsv(tuple(name.strip() for name in fields))
+            elif fields:
+                starts.append(start)
+                if look(len(starts) - 1, parse.of(fields)):
+                    kept.append(len(starts) - 1)
+            start = position
+    except csv.Error as error:
+        raise InputError(f"{path!r} is no CSV table near byte {start}: {error}.") from error
+    if parse is None:
+        raise InputError(f"{path!r} is empty; its first line should name the columns.")
+    starts.append(position)
+    return _finish(path, starts, kept, stamp, parse)
+
+
+# ------------------------------------------------------------------------------------------ JSON
+
+
+def text_rows(path: str | os.PathLike, starts: array) -> TextRows:
+    """The JSON values that begin at these bytes of a file, in their order."""
+    path = os.fspath(path)
+    stamp = _stamp(path)
+    return _finish(path, starts + array("Q", [stamp[0]]), starts, stamp, parse_json)[0]
+
+
+def index_json(path: str | os.PathLike, look: Look) -> tuple[TextRows, Any]:
+    """The rows of a JSON list, of an object, or of lines of JSON, and the numbers of those that
+    `look(number, row)` keeps (None: all).
+
+    A row of an object is the pair (key, value).
+    """
+    path = os.fspath(path)
+    stamp = _stamp(path)
+    starts, kept = array("Q"), array("Q")
+    for key, at, value in scan_json(path):
+        starts.append(at)
+        if look(len(starts) - 1, value if key is None else (key, value)):
+            kept.append(len(starts) - 1)
+    starts.append(stamp[0])
+    return _finish(path, starts, kept, stamp, parse_json)
+
+
+def parse_json(data: bytes) -> Any:
+    """The first JSON value in `data`, or the first pair (key, value), whatever follows it."""
+    text = data.decode("utf-8", "replace")
+    first, end = _DECODER.raw_decode(text)
+    rest = text[end:].lstrip()
+    return (first, _DECODER.raw_decode(rest[1:].lstrip())[0]) if rest.startswith(":") else first
+
+
+def scan_json(path: str | os.PathLike, inside: Sequence[str] = ()) -> Iterator[tuple[str | None, int, Any]]:
+    """(key, byte position, value) of every item of a JSON file, one at a time.
+
+    A list gives its items with key None, and so do the lines of a .jsonl file; an object gives its members,
+    with the key's position, but a list under a key of `inside` gives its items, each with that key. Raises
+    InputError, with the position, for text that is no JSON.
+    """
+    with _Text(path) as text:
+        if text.path.endswith((".jsonl", ".ndjson")):
+            yield from ((None, *item) for item in text.items(""))
+        elif text.peek() == "[":
+            yield from ((None, *item) for item in text.items("]"))
+        elif text.peek() == "{":
+            text.take("{")
+            while text.peek() not in ("}", ""):
+                at, key = text.value()
+                text.take(":")
+                if key in inside and text.peek() == "[":
+                    yield from ((key, *item) for item in text.items("]"))
+                else:
+                    yield key, at, text.value()[1]
+            text.take("}")
+        else:
+            raise text.wrong("a list or an object")
+        if text.peek():
+            raise text.wrong("the end")
+
+
+_DECODER = json.JSONDecoder()
+
+
+class _Text:
+    """A UTF-8 file as a window of text that moves forward; `position` is in bytes of the file."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = os.fspath(path)
+        self._decode = codecs.getincrementaldecoder("utf-8")()
+        self._window, self._at, self.position = "", 0, 0
+        self._ended = False
+
+    def __enter__(self) -> _Text:
+        try:
+            self._file = open(self.path, "rb")
+        except OSError as error:
+            raise InputError(f"{self.path!r} cannot be opened: {error.strerror}. Check the path.") from error
+        if self._file.read(3) == codecs.BOM_UTF8:
+            self.position = 3
+        self._file.seek(self.position)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def peek(self) -> str:
+        """The next character that is neither white space nor a comma; "" at the end."""
+        while True:
+            start = self._at
+            while self._at < len(self._window) and self._window[self._at] in _SPACE:
+                self._at += 1
+            self.position += self._at - start
+            if self._at < len(self._window):
+                return self._window[self._at]
+            if not self._more():
+                return ""
+
+    def take(self, character: str) -> None:
+        """Step over this character."""
+        if self.peek() != character:
+            raise self.wrong(repr(character))
+        self._at += 1
+        self.position += 1
+
+    def items(self, end: str) -> Iterator[tuple[int, Any]]:
+        """(position, value) of the values between "[" and its `end`, or up to the file's end for ""."""
+        if end:
+            self.take("[")
+        while self.peek() not in (end, ""):
+            yield self.value()
+        if end:
+            self.take(end)
+
+    def value(self) -> tuple[int, Any]:
+        """(its position, value) of the next JSON value."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._window, self._at)
+            except (json.JSONDecodeError, RecursionError):
+                if len(self._window) - self._at > MAX_ROW or not self._more():
+                    raise self.wrong("a whole JSON value") from None
+                continue
+            if len(self._window) - end < 4 and self._more():
+                continue  # a number may go on, as "1" in "1e-5"
+            start, taken = self.position, self._window[self._at : end]
+            self.position += len(taken) if taken.isascii() else len(taken.encode())
+            self._at = end
+            return start, value
+
+    def _more(self) -> bool:
+        """Read on; False at the end of the file."""
+        if self._ended:
+            return False
+        rest = self._window[self._at :]
+        data = self._file.read(
+            max(CHUNK, len(rest))
+        )  # doubling: a value longer than this is not parsed often
+        self._ended = not data
+        try:
+            self._window, self._at = rest + self._decode.decode(data, self._ended), 0
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.path!r} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+        return True
+
+    def wrong(self, wanted: str) -> InputError:
+        found = self._window[self._at : self._at + 20] or "the end of the file"
+        return InputError(
+            f"{self.path!r} is not valid JSON: at byte {self.position} {wanted} should stand, but there is "
+            f"{found!r}. The file may be cut short; fetch it again."
+        )

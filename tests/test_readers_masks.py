@@ -1,0 +1,506 @@
+"""Readers of sets with masks, each on a small copy of its real format."""
+
+import json
+import pickle
+import zipfile
+
+import datasets
+import nibabel
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from medplib.data import read
+from medplib.data.files import Bytes, ImageFile
+from medplib.data.readers.coco import polygons_mask
+from medplib.errors import InputError
+from medplib.prompts.types import Box, Point
+
+NAME = "ct_00--Abdomen.CT-1K--Case_0.1--x_0040"
+CLASSES = {"Abdomen.CT-1K": {"liver": 1, "left_kidney": 2, "union_kidney": 3}, "QUBIQ2020": {"brain": 1}}
+
+
+def picture(path, value=90, size=(20, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(size, value, np.uint8)).save(path)
+
+
+def mask(path, pixels, size=(20, 30), value=255):
+    """The first `pixels` pixels are foreground."""
+    array = np.zeros(size, np.uint8)
+    array.reshape(-1)[:pixels] = value
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def put(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------ MeCoVQA
+
+
+def mecovqa_row(question, answer, image=f"images/{NAME}.png", **more):
+    talk = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"image": image, "conversations": talk, **more}
+
+
+@pytest.fixture
+def mecovqa(tmp_path):
+    root = tmp_path / "MeCoVQA"
+    picture(root / "images" / f"{NAME}.png")
+    tag = f"masks/{NAME}--0002_000.png"
+    mask(root / tag, 40)
+    mask(root / "masks" / f"{NAME}--0001_000.png", 7, (10, 15))  # half the image's size
+    segment = "Segment the kidney."
+    put(root / "train" / "MeCoVQA-Complex.json", [mecovqa_row("Which modality?", "CT.", answer_type="OPEN")])
+    put(
+        root / "train" / "MeCoVQA-Region.json", [mecovqa_row(f"What is <region>{tag}</region>?", "A kidney.")]
+    )
+    put(
+        root / "train" / "MeCoVQA-Grounding.json",
+        [
+            mecovqa_row(segment, f"The <ref>kidney</ref> <SEG><mask>{tag}</mask>."),
+            mecovqa_row(segment, f"<SEG><mask>masks/{NAME}--0001_000.png</mask>"),
+            mecovqa_row(segment, f"<SEG><mask>{tag}</mask>", image=f"images/{NAME}"),
+            mecovqa_row(segment, f"<SEG><SEG><mask><mask>{tag}</mask></mask>"),
+            mecovqa_row(segment, f"Here: <mask>{tag[:-4]}</mask>"),
+            mecovqa_row(segment, f"<SEG><mask>masks/{NAME}--0009_000.png</mask>"),
+            mecovqa_row(segment, "<SEG>"),
+            mecovqa_row(segment, "<SEG><mask>../../secret.png</mask>"),
+            mecovqa_row("", "x"),
+            {"image": 3},
+        ],
+    )
+    put(root / "test" / "MeCoVQA_Region_VQA_test.json", [mecovqa_row(f"<region>{tag}</region>?", "Kidney.")])
+    put(root / "zeroshot4grounding" / "mr.json", [mecovqa_row(segment, f"<SEG><mask>{tag}</mask>")])
+    put(tmp_path / "secret.png", {})
+    return root
+
+
+def test_mecovqa_all_three_kinds_and_splits(mecovqa):
+    (plain,) = read("mecovqa", mecovqa, split="train", kind="complex")
+    assert (plain.turns, plain.task, plain.answer_type) == ((("Which modality?", "CT."),), "vqa", "open")
+    assert (plain.modality, plain.case, plain.split) == ("CT", "Abdomen.CT-1K/Case_0.1", "train")
+    (region,) = read("mecovqa", mecovqa, split="train", kind="region")
+    assert (region.turns[0][0], region.task) == ("What is <region>?", "region")
+    assert region.to_sample().prompts[0].to_mask((20, 30)).sum() == 40
+    assert [(r.task, r.extra["kind"]) for r in read("mecovqa", mecovqa, split="test")] == [
+        ("region", "region")
+    ]
+    assert [r.split for r in read("mecovqa", mecovqa, split="zeroshot")] == ["zeroshot"]
+    assert len(read("mecovqa", mecovqa)) == 9
+    with pytest.raises(InputError, match=r"No MeCoVQA file of split 'val'.*train/complex"):
+        read("mecovqa", mecovqa, split="val")
+
+
+def test_mecovqa_repairs_and_reports_its_defects(mecovqa):
+    records = read("mecovqa", mecovqa, split="train", kind="grounding")
+    assert [r.turns[0][1] for r in records] == [
+        "The <ref>kidney</ref> <SEG>.", "<SEG>", "<SEG>", "<SEG>", "Here: <SEG>",
+    ]  # fmt: skip
+    assert records[0].labels == ("kidney",)
+    assert [r.to_sample().masks[0].sum() for r in records] == [40, 28, 40, 40, 40]  # the small one is fitted
+    assert records.report.counts["repaired"] == {
+        "image path without .png": 1,
+        "double tag": 1,
+        "mask path without .png": 1,
+        "mask without <SEG>": 1,
+    }
+    assert records.report.counts["dropped"] == {
+        "mask missing": 2,
+        "a <SEG> without its mask": 1,
+        "empty question or answer": 1,
+        "no image named": 1,
+    }
+    assert [r.row for r in records] == [0, 1, 2, 3, 4]
+    assert "mask missing, as in masks/" in str(records.report)
+
+
+def test_mecovqa_takes_pictures_from_a_zip_and_names_from_the_class_table(mecovqa, tmp_path):
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for file in sorted(mecovqa.glob("*s/*.png")):
+            out.write(file, file.relative_to(mecovqa))
+        out.writestr("SAMed2D_v1_class_mapping_id.json", json.dumps(CLASSES))
+    json_file = mecovqa / "train" / "MeCoVQA-Region.json"
+    (record,) = read("mecovqa", json_file, images=archive)
+    assert record.labels == ("left kidney",)
+    assert record.to_sample().prompts[0].to_mask((20, 30)).sum() == 40
+
+
+def test_mecovqa_finds_its_folder_when_the_first_picture_is_missing(mecovqa):
+    file = mecovqa / "train" / "MeCoVQA-Complex.json"
+    put(file, [mecovqa_row("Which?", "CT.", image="images/gone.png"), *json.loads(file.read_text())])
+    records = read("mecovqa", file)
+    assert len(records) == 1
+    assert records.report.counts["dropped"] == {"image missing": 1}
+
+
+# ------------------------------------------------------------------------------------------ SA-Med2D
+
+
+@pytest.fixture
+def sa_med2d(tmp_path):
+    root = tmp_path / "SAMed2Dv1"
+    bad = "mr_00--QUBIQ2020--c--x_0000"
+    other = "us_9--Abdomen.CT-1K--c-2--2d_none"
+    listed = {
+        f"images/{NAME}.png": [f"masks/{NAME}--{end}.png" for end in ("0001_000", "0001_001", "0002_000")],
+        f"images/{bad}.png": [f"masks/{bad}--0001_000.png"],
+        f"images/{other}.png": [f"masks/{other}--{end}.png" for end in ("0003_000", "0002_000", "0007_000")],
+        "images/gone--Abdomen.CT-1K--c--x_0.png": [],
+    }
+    for name in (NAME, bad, other):
+        picture(root / "images" / f"{name}.png")
+    for masks in listed.values():
+        for number, name in enumerate(masks):
+            mask(root / name, 10 * number + 10, value=1 if number % 2 else 255)
+    (root / "masks" / f"{other}--0002_000.png").unlink()
+    union = np.zeros((20, 30), np.uint8)
+    union[-1] = 1  # the second instance of class 1 lies elsewhere
+    Image.fromarray(union).save(root / "masks" / f"{NAME}--0001_001.png")
+    put(root / "SAMed2D_v1.json", listed)
+    put(root / "SAMed2D_v1_class_mapping_id.json", CLASSES)
+    return root
+
+
+def zipped(folder, target, method):
+    with zipfile.ZipFile(target, "w", method) as out:
+        for file in sorted(folder.rglob("*.*")):
+            out.write(file, file.relative_to(folder.parent))
+    return target
+
+
+def test_sa_med2d_has_a_record_per_image_and_class(sa_med2d):
+    records = read("sa_med2d", sa_med2d)
+    assert [r.labels for r in records] == [("liver",), ("left kidney",), ("kidney",)]
+    assert records[0].turns == (("Segment the liver.", "Here is the <ref>liver</ref> <SEG>."),)
+    assert [r.to_sample().masks[0].sum() for r in records] == [40, 30, 10]  # 10 + 30: two instances, one mask
+    assert [r.modality for r in records] == ["CT", "CT", None]
+    assert records[2].case == "Abdomen.CT-1K/c-2"
+    assert records.report.counts == {
+        "repaired": {},
+        "dropped": {
+            "data set QUBIQ2020 excluded": 1,
+            "mask missing": 1,
+            "class without a name": 1,
+            "image missing": 1,
+        },
+        "unknown": {"modality prefix 'us_9'": 1},
+    }
+    assert records.nbytes == 8 * 5 + 8 * 3  # four images and the end of the file, three records
+    assert len(read("sa_med2d", sa_med2d, exclude=())) == 4
+    with pytest.raises(InputError, match="no list of split 'train'"):
+        read("sa_med2d", sa_med2d, split="train")
+
+
+def test_sa_med2d_has_a_record_per_image_if_wanted(sa_med2d):
+    first, second = read("sa_med2d", sa_med2d, per="image")
+    assert [q for q, _ in first.turns] == ["Segment the liver.", "Segment the left kidney."]
+    assert [m.sum() for m in first.to_sample().masks] == [40, 30]
+    assert second.labels == ("kidney",)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_sa_med2d_is_read_straight_from_its_zip(sa_med2d, tmp_path, method):
+    archive = zipped(sa_med2d, tmp_path / "SA-Med2D.zip", method)
+    records = read("sa_med2d", archive, cache=tmp_path / "cache")
+    folder = read("sa_med2d", sa_med2d)
+    assert [(r.turns, r.labels, r.case) for r in records] == [(r.turns, r.labels, r.case) for r in folder]
+    assert records.fingerprint() == folder.fingerprint()
+    for mine, theirs in zip(records, folder, strict=True):
+        assert (mine.load_images()[0] == theirs.load_images()[0]).all()
+        assert (mine.load_masks((20, 30))[0] == theirs.load_masks((20, 30))[0]).all()
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the list alone is unpacked
+    assert pickle.loads(pickle.dumps(records))[1].load_masks((20, 30))[0].sum() == 30  # noqa: S301
+
+
+def test_sa_med2d_split_archives_are_named_with_the_remedy(sa_med2d, tmp_path):
+    archive = zipped(sa_med2d, tmp_path / "SA-Med2D-20M.zip", zipfile.ZIP_STORED)
+    archive.with_suffix(".z01").write_bytes(b"part")
+    for path in (archive, archive.with_suffix(".z01")):
+        with pytest.raises(InputError, match=r"split archive.*`zip -s 0 SA-Med2D-20M\.zip --out whole\.zip`"):
+            read("sa_med2d", path)
+
+
+def test_sam_med2d_lists_are_read_both_ways(sa_med2d):
+    masks = [f"data_demo/masks/{NAME}--{end}.png" for end in ("0001_000", "0002_000")]
+    image = f"data_demo/images/{NAME}.png"
+    put(sa_med2d / "image2label_train.json", {image: masks})
+    put(sa_med2d / "label2image_test.json", dict.fromkeys(masks, image))
+    for name, split in (("image2label_train", "train"), ("label2image_test", "test")):
+        table = sa_med2d / "SAMed2D_v1_class_mapping_id.json"
+        records = read("sa_med2d", sa_med2d / f"{name}.json", classes=table)
+        assert [(r.labels, r.split) for r in records] == [(("liver",), split), (("left kidney",), split)]
+        assert [r.to_sample().masks[0].sum() for r in records] == [10, 30]
+    (sa_med2d / "SAMed2D_v1.json").unlink()
+    assert len(read("sa_med2d", sa_med2d, split="test")) == 2
+
+
+# ------------------------------------------------------------------------------------------ a folder, a table
+
+
+def test_folder_of_images_and_masks(tmp_path):
+    for split in ("train", "valid"):
+        picture(tmp_path / split / "images" / "a.jpg")
+        picture(tmp_path / split / "images" / "alone.png")
+        mask(tmp_path / split / "masks" / "left_lung" / "a.png", 20)
+        mask(tmp_path / split / "masks" / "tumor" / "b.png", 20)
+    records = read("folder", tmp_path, modality="x-ray", source="mine")
+    assert [(r.split, r.labels, r.modality) for r in records] == [
+        ("train", ("left lung",), "X-ray"),
+        ("val", ("left lung",), "X-ray"),
+    ]
+    assert records[0].to_sample().masks[0].sum() == 20
+    assert records.report.counts["dropped"] == {"mask without an image": 2, "image without a mask": 2}
+    assert [r.split for r in read("folder", tmp_path, split="val")] == ["val"]
+    assert read("folder", tmp_path / "train")[0].split is None
+    with pytest.raises(InputError, match="modality must be one of"):
+        read("folder", tmp_path, modality="smell")
+    with pytest.raises(InputError, match="holds no folder images/"):
+        read("folder", tmp_path / "train" / "masks")
+
+
+def test_csv_with_columns_of_your_own(tmp_path):
+    picture(tmp_path / "a.png")
+    mask(tmp_path / "m.png", 5)
+    mask(tmp_path / "n.png", 9)
+    (tmp_path / "table.csv").write_text(
+        "file,prompt,reply,mask,region,box,point,name,modality,fold,patient\n"
+        "a.png,What is it?,A scan.,,,,,,MRI,train,p1\n"
+        "a.png,,,m.png,,,,the spot,MRI,train,p1\n"
+        "a.png,Find both.,Here.,m.png;n.png,,,,,CT,validation,p2\n"
+        "a.png,What is here?,Fat.,,n.png,1 2 10 12,3 4,,,train,p1\n"
+        "a.png,,,,,1 2 10 12,,fat,,train,p1\n"
+        "gone.png,What?,That.,,,,,,,train,p1\n"
+        "a.png,What?,That.,,,1 2 3,,,,train,p1\n"
+        "a.png,What?,,,,,,,,train,p1\n"
+    )
+    columns = {
+        "image": "file", "question": "prompt", "answer": "reply", "mask": "mask", "region": "region",
+        "box": "box", "point": "point", "label": "name", "modality": "modality", "split": "fold",
+        "case": "patient",
+    }  # fmt: skip
+    records = read("folder", tmp_path / "table.csv", columns=columns, modality="ultrasound")
+    assert [r.turns[0] for r in records] == [
+        ("What is it?", "A scan."),
+        ("Segment the the spot.", "Here is the <ref>the spot</ref> <SEG>."),
+        ("Find both.", "Here. <SEG> <SEG>"),
+        ("What is here? <region> <region> <region>", "Fat."),
+        ("What is in <region>?", "This is the fat."),
+    ]
+    assert [r.modality for r in records] == ["MR", "MR", "CT", "ultrasound", "ultrasound"]
+    assert [m.sum() for m in records[2].to_sample().masks] == [5, 9]
+    assert records[3].regions[:2] == (Box(1, 2, 10, 12), Point(3, 4))
+    assert records.report.counts["dropped"] == {
+        "file missing": 1, "box without 4 numbers": 1, "empty question or answer": 1,
+    }  # fmt: skip
+    assert [r.case for r in read("folder", tmp_path / "table.csv", split="val", columns=columns)] == ["p2"]
+    with pytest.raises(InputError, match=r"no column 'question'. There: file, prompt"):
+        read("folder", tmp_path / "table.csv", columns={"question": "question"})
+    with pytest.raises(InputError, match="No column can be called 'picture'"):
+        read("folder", tmp_path / "table.csv", columns={"picture": "file"})
+
+
+# ------------------------------------------------------------------------------------------ nnU-Net
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_nnunet_slices_lie_as_a_radiologist_sees_them(tmp_path, version):
+    root = tmp_path / "Dataset001_Toy"
+    labels = np.zeros((12, 16, 9), np.uint8)  # x to the right, y to the front, z up
+    labels[8:12, 4:10, 1] = 1  # at the patient's right
+    labels[0, 0, 1], labels[0:4, 0:5, 2] = 1, 2
+    scan = np.where(labels == 1, 300, -100).astype(np.int16)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])  # stored from right to left, back to front reversed
+    for folder, values, name in (("labelsTr", labels, "case.1"), ("imagesTr", scan, "case.1_0000")):
+        (root / folder).mkdir(parents=True)
+        image = nibabel.Nifti1Image(values[::-1, ::-1], lps)
+        nibabel.save(image, root / folder / f"{name}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), root / "labelsTr" / "lonely.nii.gz")
+    about = {
+        1: {"labels": {"0": "background", "1": "left_kidney", "2": "tumor"}, "modality": {"0": "CT"}},
+        2: {
+            "labels": {"background": 0, "left_kidney": 1, "tumor": 2, "whole": [1, 2]},
+            "channel_names": {"0": "CT"},
+            "file_ending": ".nii.gz",
+        },
+    }[version]
+    put(root / "dataset.json", about)
+    records = read("nnunet", root, window=(-100, 300), min_pixels=2)
+    assert [(r.labels, r.extra["slice"], r.case, r.modality) for r in records] == [
+        (("left kidney",), 1, "case.1", "CT"),
+        (("tumor",), 2, "case.1", "CT"),
+    ]
+    sample = records[0].to_sample()
+    assert sample.images[0].shape == (16, 12, 3)
+    wanted = np.zeros((16, 12), bool)
+    wanted[6:12, 0:4] = wanted[15, 11] = True  # the front is up, the patient's right is left
+    assert (sample.masks[0] == wanted).all()
+    assert (sample.images[0][..., 0] == np.where(wanted, 255, 0)).all()
+    assert records.report.counts["dropped"] == {"image missing": 1}
+    assert records.nbytes < 8 * 2 + 20
+    (small,) = read("nnunet", root, min_pixels=25)
+    assert small.labels == ("left kidney",)
+    front = read("nnunet", root, axis="coronal", min_pixels=2).filter(lambda r: r.labels == ("left kidney",))
+    assert [r.extra["slice"] for r in front] == [4, 5, 6, 7, 8, 9]
+    wanted = np.zeros((9, 12), bool)
+    wanted[7, 0:4] = True  # the head is up
+    assert (front[0].load_masks((9, 12))[0] == wanted).all()
+    assert front[0].load_images()[0].shape == (9, 12, 3)
+    with pytest.raises(InputError, match="axis must be one of sagittal"):
+        read("nnunet", root, axis="z")
+    with pytest.raises(InputError, match="no split 'val'"):
+        read("nnunet", root, split="val")
+    (root / "labelsTr" / "lonely.nii.gz").unlink()
+    (root / "labelsTr" / "case.1.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(InputError, match="label volume unreadable"):
+        read("nnunet", root)
+
+
+# ------------------------------------------------------------------------------------------ COCO
+
+
+@pytest.fixture
+def coco(tmp_path):
+    picture(tmp_path / "images" / "a.png", size=(40, 60))
+    packed = coco_mask.encode(np.asfortranarray(np.pad(np.ones((5, 6), np.uint8), ((3, 32), (2, 52)))))
+    loose = {"size": [40, 60], "counts": [0, 10, 2390]}
+    polygon = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0]
+    notes = [
+        (1, 1, [polygon]),
+        (1, 2, {"size": packed["size"], "counts": packed["counts"].decode()}),
+        (1, 1, loose),
+        (1, 3, [polygon]),
+        (9, 1, [polygon]),
+        (2, 1, [polygon]),
+        (1, 1, []),
+    ]
+    put(
+        tmp_path / "annotations" / "instances_train.json",
+        {
+            "info": {"year": 2026},
+            "images": [
+                {"id": 1, "file_name": "a.png", "height": 40, "width": 60},
+                {"id": 2, "file_name": "gone.png", "height": 40, "width": 60},
+            ],
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": kind, "segmentation": shape, "iscrowd": 0}
+                for i, (image, kind, shape) in enumerate(notes)
+            ]
+            + [{"id": 99, "image_id": 1, "category_id": 1, "segmentation": loose, "iscrowd": 1}],
+            "categories": [{"id": 1, "name": "nucleus"}, {"id": 2, "name": "big_vessel"}],
+        },
+    )
+    return tmp_path
+
+
+def test_coco_has_a_record_per_image_and_category(coco):
+    nucleus, vessel = records = read("coco", coco, modality="microscopy")
+    assert records.nbytes == 8 * (2 + 8 + 1) + 8 * 3 + 16 * 2 + 8  # of 8 annotations 3 are used
+    assert nucleus.turns == (("Segment the nucleus.", "Here is the <ref>nucleus</ref> <SEG>."),)
+    assert (nucleus.split, nucleus.modality, nucleus.extra) == (
+        "train", "microscopy", {"image_id": 1, "instances": 2},
+    )  # fmt: skip
+    drawn = nucleus.to_sample().masks[0]
+    assert drawn[10:20, 10:30].all()
+    assert drawn.sum() == 200 + 10
+    assert drawn[:10, 0].all()  # runs go down the columns
+    assert vessel.to_sample().masks[0][3:8, 2:8].all()
+    assert vessel.load_masks((40, 60))[0].sum() == 30
+    assert len(read("coco", coco / "annotations" / "instances_train.json", crowds=True)) == 2
+    assert read("coco", coco).report.counts["dropped"] == {
+        "image missing": 1,
+        "annotation without a segmentation or image": 1,
+        "crowd": 1,
+        "annotation without an image": 2,
+        "unknown category": 1,
+    }
+
+
+def test_polygons_agree_with_pycocotools_but_for_the_outline():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        angles = np.sort(rng.uniform(0, 2 * np.pi, 9))
+        radius = rng.uniform(8, 30, 9)
+        points = np.stack([45 + radius * np.cos(angles), 40 + radius * np.sin(angles)], 1)
+        theirs = coco_mask.decode(coco_mask.frPyObjects([points.reshape(-1).tolist()], 80, 90))[..., 0] > 0
+        mine = polygons_mask([points.reshape(-1).tolist()], (80, 90))
+        assert (mine & theirs).sum() / (mine | theirs).sum() > 0.94
+        differs = mine != theirs
+        inner = (
+            theirs[1:-1, 1:-1] & theirs[:-2, 1:-1] & theirs[2:, 1:-1] & theirs[1:-1, :-2] & theirs[1:-1, 2:]
+        )
+        assert not (differs[1:-1, 1:-1] & inner).any()
+    assert polygons_mask([[-9, -9, 200, -9, 200, 200, -9, 200]], (8, 9)).all()
+    for bad in ([[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [[0, 0, 1, float("nan"), 2, 2]]):
+        with pytest.raises(InputError, match=r"polygon"):
+            polygons_mask(bad, (8, 9))
+
+
+# ------------------------------------------------------------------------------------------ Hugging Face
+
+
+def hf_rows():
+    image = Image.fromarray(np.full((20, 30), 50, np.uint8))
+    seg = np.zeros((20, 30), np.uint8)
+    seg[:4] = 1
+    return {
+        "scan": [image, image, image],
+        "prompt": ["What?", "Find it.", ""],
+        "reply": ["That.", "Here <SEG>.", "x"],
+        "seg": [None, Image.fromarray(seg), None],
+    }
+
+
+def test_hugging_face_data_sets_of_every_form(tmp_path):
+    features = datasets.Features(
+        {
+            "scan": datasets.Image(),
+            "prompt": datasets.Value("string"),
+            "reply": datasets.Value("string"),
+            "seg": datasets.Image(),
+        }
+    )
+    whole = datasets.Dataset.from_dict(hf_rows(), features=features)
+    split = datasets.DatasetDict({"train": whole, "validation": whole.select([0])})
+    split.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    whole.to_parquet(tmp_path / "parquet" / "data" / "train-00000-of-00001.parquet")
+    vqa = {"image": "scan", "question": "prompt", "answer": "reply"}
+    for given in (split, tmp_path / "saved", tmp_path / "parquet"):
+        records = read("huggingface", given, split="train", columns=vqa, modality="CT", source="mine")
+        assert [r.turns for r in records] == [(("What?", "That."),)]
+        assert (records[0].source, records[0].split, records[0].modality) == ("mine", "train", "CT")
+        assert (records[0].load_images()[0] == 50).all()
+        assert isinstance(records[0].images[0], ImageFile)
+        assert isinstance(records[0].images[0].file, Bytes)
+        assert records.report.counts["dropped"] == {"not a record": 1, "empty question or answer": 1}
+        again = pickle.loads(pickle.dumps(records))  # noqa: S301
+        assert again[0].load_images()[0].shape == (20, 30, 3)
+    assert [r.split for r in read("huggingface", split, split="val", columns=vqa)] == ["val"]
+    grounding = read("huggingface", whole.select([1]), columns={**vqa, "mask": "seg"})
+    assert grounding[0].to_sample().masks[0].sum() == 4 * 30
+    with pytest.raises(InputError, match="no column 'picture'"):
+        read("huggingface", whole, columns={"image": "picture", "question": "prompt"})
+    with pytest.raises(InputError, match="needs a column question"):
+        read("huggingface", whole)
+    with pytest.raises(InputError, match="a Dataset or a DatasetDict, got list"):
+        read("huggingface", [1, 2])
+
+
+def test_parquet_with_lists_of_masks_and_conversations(tmp_path):
+    mask(tmp_path / "m.png", 3)
+    picture(tmp_path / "a.png")
+    data = {"bytes": (tmp_path / "m.png").read_bytes(), "path": None}
+    talk = [{"from": "human", "value": "<image>\nBoth?"}, {"from": "gpt", "value": "<SEG> and <SEG>"}]
+    table = pa.Table.from_pylist([{"image": "a.png", "conversations": talk, "mask": [data, data]}])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    (record,) = read("huggingface", tmp_path / "rows.parquet")
+    assert record.turns == (("Both?", "<SEG> and <SEG>"),)
+    assert [m.sum() for m in record.to_sample().masks] == [3, 3]
