@@ -308,12 +308,18 @@ def _check_loaded(model, info: dict, name: str | Path) -> None:
     if info.get("error_msgs"):
         raise CheckpointError(f"Could not load {str(name)!r}: {'; '.join(map(str, info['error_msgs']))}")
     for key, value in model.state_dict().items():
-        if value.is_floating_point() and value.device.type != "meta":
-            value = value.float() if value.itemsize == 1 else value  # 8-bit floats have no isfinite
-            if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(
-                    f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged."
-                )
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged."
+            )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, found without a copy; what lies on no device counts as so."""
+    if not value.is_floating_point() or value.device.type == "meta" or not value.numel():
+        return True
+    value = value.float() if value.itemsize == 1 else value  # 8-bit floats cannot be compared
+    return bool(torch.stack(value.aminmax()).isfinite().all())  # of a NaN, both are NaN
 
 
 def _key_name(key: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -260,7 +259,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         the vision tower and mask_pixel_values (N, 3, H', W') for the mask side (or their `features`, computed
         before); image_index, region_masks, region_images as in `embed`; seg_images (S,) the image that each
         `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1} on the
-        mask side's square. kwargs go to the decoder, the keys and values of earlier tokens (CACHE) too. Raises
+        mask side's square. kwargs, such as the keys and values of earlier tokens, go to the decoder. Raises
         InputError where counts do not match.
         """
         if features is None and pixel_values is not None:
