@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
+from medplib.placement import compute_device, keep_parts_whole
 
 EMBEDDED = ("medplib-tiny",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -185,11 +186,17 @@ class LoadingMixin:
         except Exception as error:  # transformers has no type of its own for what is wrong with a checkpoint
             reason = " ".join(str(error).split())[:1000] or type(error).__name__
             raise CheckpointError(f"Could not load {str(name_or_path)!r}: {reason}") from error
+        keep_parts_whole(model)
         _check_loaded(model, info, name_or_path)
         model.name = str(name_or_path)
         model.source = folder
         model.processor = MedPLIBProcessor.for_model(folder, model)
         return (model, info) if wants_info else model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, also when device_map has spread the parts."""
+        return compute_device(self) or super().device
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         """Write configuration, weights (safetensors), their checksums and, when there is one, the processor.
