@@ -112,6 +112,7 @@ def measure(folder: str, dtype: str, quantize: str) -> dict[str, float | str]:
     """Load one folder and return what it took."""
     from medplib import MedPLIB
     from medplib.checkpoints import holds_official
+    from medplib.quantization import stored
 
     MedPLIB.from_pretrained("medplib-tiny", **({"quantize": quantize} if quantize else {}))  # imports
     options = {"overrides": OVERRIDES} if holds_official(Path(folder)) else {}
@@ -133,7 +134,7 @@ def measure(folder: str, dtype: str, quantize: str) -> dict[str, float | str]:
     done.set()
     watcher.join()
     checkpoint = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-    size = sum(value.nbytes for value in model.state_dict().values())
+    size = sum(part.nbytes for value in model.state_dict().values() for part in stored(value))
     own = peak[0] - before["RssAnon"]
     return {
         "loaded_as": quantize or str(model.dtype).removeprefix("torch."), "checkpoint_gb": checkpoint / 1e9,

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
 from medplib.placement import compute_device, keep_parts_whole
+from medplib.quantization import stored
 
 EMBEDDED = ("medplib-tiny",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -122,6 +123,8 @@ def weights_sha256(folder: Path) -> str:
 class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of MedPLIB."""
 
+    quantization = None  # a QuantizationReport after from_pretrained(..., quantize=...)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "medplib-tiny", *args, **kwargs):
         """Load a model and its processor.
@@ -135,11 +138,15 @@ class LoadingMixin:
         {...}, "clip": {...}}, by default the published ones), `clip`, a folder or Hub id of the CLIP tower
         where the weights lack it, and `adapter`, a folder with a LoRA adapter to merge.
 
+        quantize: "int8" or "int4" keeps the language model's linear layers in that many bits, made while they
+        are loaded; `model.quantization` reports it (medplib.quantization; extra `quant`). device_map: "cpu",
+        "cuda", "auto" or a place for each part, "disk" among them (extra `train`).
+
         Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
         weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
         configuration.
         """
-        from medplib import checkpoints
+        from medplib import checkpoints, quantization
         from medplib.processing import MedPLIBProcessor
 
         hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
@@ -152,7 +159,7 @@ class LoadingMixin:
             foreign.setdefault("clip", checkpoints.published_clip(folder))
         if foreign and not official:
             raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
-        wants_info = kwargs.pop("output_loading_info", False)
+        wants_info, quantize = kwargs.pop("output_loading_info", False), kwargs.pop("quantize", None)
         config = kwargs.pop("config", None)
         if config is None and official:
             settings = {k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)}
@@ -161,6 +168,10 @@ class LoadingMixin:
             config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
         elif not isinstance(config, MedPLIBConfig):
             raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
+        if quantize is not None:
+            chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+            kwargs |= {} if chosen is None else {"dtype": chosen}
+            kwargs |= quantization.loading_options(quantize, config, kwargs.get("device_map"), chosen)
         if official:
             foreign.pop("overrides", None)
             kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign, hub=hub)
@@ -188,6 +199,7 @@ class LoadingMixin:
             raise CheckpointError(f"Could not load {str(name_or_path)!r}: {reason}") from error
         keep_parts_whole(model)
         _check_loaded(model, info, name_or_path)
+        model.quantization = None if quantize is None else quantization.report(model, quantize)
         model.name = str(name_or_path)
         model.source = folder
         model.processor = MedPLIBProcessor.for_model(folder, model)
@@ -203,6 +215,8 @@ class LoadingMixin:
 
         To upload a model use `push_to_hub`, which also takes the processor along.
         """
+        if self.quantization is not None:
+            raise InputError("A quantised model is not saved; save the plain one and quantise on loading.")
         if kwargs.pop("push_to_hub", False):
             raise InputError("save_pretrained does not upload; call model.push_to_hub('owner/name') instead.")
         folder = Path(save_directory)
@@ -222,10 +236,9 @@ class LoadingMixin:
         source = getattr(self, "source", None)
         if source is not None and getattr(self, "_sha256", None) is None:
             self._sha256 = weights_sha256(source)
-        return {
-            "name": getattr(self, "name", "unnamed"),
-            "weights_sha256": getattr(self, "_sha256", None) or "",
-        }
+        digest = getattr(self, "_sha256", None) or ""
+        known = {"name": getattr(self, "name", "unnamed"), "weights_sha256": digest}
+        return known | ({} if self.quantization is None else {"quantized": self.quantization.kind})
 
 
 def _check_files(folder: Path, config: MedPLIBConfig) -> None:
@@ -322,7 +335,10 @@ def _check_loaded(model, info: dict, name: str | Path) -> None:
 
 
 def _is_finite(value: torch.Tensor) -> bool:
-    """Whether there is neither NaN nor infinity, found without a copy; what lies on no device counts as so."""
+    """Whether there is neither NaN nor infinity, found without a copy; what was not read counts as finite."""
+    parts = stored(value)
+    if len(parts) > 1:  # quantised
+        return all(map(_is_finite, parts))
     if not value.is_floating_point() or value.device.type == "meta" or not value.numel():
         return True
     value = value.float() if value.itemsize == 1 else value  # 8-bit floats cannot be compared
