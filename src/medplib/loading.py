@@ -144,7 +144,7 @@ class LoadingMixin:
 
         Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
         weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
-        configuration.
+        configuration or setting, ImportError without an extra that is needed.
         """
         from medplib import checkpoints, quantization
         from medplib.processing import MedPLIBProcessor
