@@ -126,6 +126,17 @@ def test_shards_load_whatever_index_lies_beside_them(recorded, model, tmp_path):
         MedPLIB.from_pretrained(tmp_path, overrides=recorded.overrides)
 
 
+def test_a_published_folder_may_stay_on_the_disk(model, load, tmp_path, pictures):
+    device_map = dict.fromkeys((name for name, _ in model.named_children()), "cpu")
+    options = {"device_map": device_map | {"language_model": "disk"}}
+    spread = load(**options, offload_folder=tmp_path / "offload")
+    assert all(value.is_meta for value in spread.language_model.parameters())
+    one, two = (m.ask(pictures[0], "What?", max_new_tokens=4) for m in (model, spread))
+    assert one.text == two.text
+    with pytest.raises(CheckpointError, match="provide an `offload_folder`"):
+        load(**options)
+
+
 def test_a_bin_file_alone_loads(recorded, model, folder, load):
     (folder / "model.safetensors").unlink()
     shutil.copy(recorded.folder / "pytorch_model.bin", folder)

@@ -167,14 +167,42 @@ def test_saving_and_loading_print_nothing_and_leave_the_logging_as_it_was(tiny_m
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_parts_may_lie_on_devices_of_their_own(tiny_model, tiny_folder, pictures):
-    pytest.importorskip("accelerate")
-    device_map = {name: "cpu" for name, _ in tiny_model.named_children()}
-    loaded = MedPLIB.from_pretrained(tiny_folder, device_map=device_map)
-    for a, b in zip(outputs(loaded, pictures), outputs(tiny_model, pictures), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    assert {"LlamaDecoderLayer", "TimmPyramid", "MaskDecoder"} <= set(loaded._no_split_modules)
-    assert MedPLIB.from_pretrained(tiny_folder, device_map="auto").device.type in ("cpu", "cuda")
+LANGUAGE = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+PLACES = {
+    "cpu": lambda names: "cpu",
+    "auto": lambda names: "auto",
+    "named": lambda names: dict.fromkeys(names, "cpu"),
+    "language on disk": lambda names: dict.fromkeys(names, "cpu") | {"language_model": "disk"},
+    "a layer on disk": lambda names: (
+        dict.fromkeys([n for n in names if n != "language_model"], "cpu")
+        | dict.fromkeys((f"language_model.{n}" for n in LANGUAGE), "cpu")
+        | {"language_model.model.layers.1": "disk"}
+    ),
+    "all on disk": lambda names: dict.fromkeys(names, "disk"),
+}
+
+
+@pytest.mark.parametrize("sides", [{}, vision(CLIP) | {"mask": {"encoder": SAM}}], ids=["timm", "clip, sam"])
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_parts_may_lie_elsewhere_even_on_disk_and_answer_the_same(
+    new_model, pictures, tmp_path, place, sides
+):
+    plain = new_model(**sides)
+    plain.save_pretrained(tmp_path / "saved", max_shard_size="100KB")
+    device_map = place([name for name, _ in plain.named_children()])
+    loaded = MedPLIB.from_pretrained(tmp_path / "saved", device_map=device_map)
+    assert loaded.device.type in ("cpu", "cuda")
+    on_disk = [name for name, value in loaded.named_parameters() if value.is_meta]
+    assert bool(on_disk) == ("disk" in str(device_map))
+    for a, b in zip(outputs(loaded, pictures), outputs(plain, pictures), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, check_device=False)
+    options = {"prompts": [Box(3, 4, 30, 40)], "max_new_tokens": 4}
+    one, two = (m.ask(pictures[0], "What is in <region>?", **options) for m in (plain, loaded))
+    assert one.text == two.text
+
+
+def test_blocks_that_device_map_keeps_whole_have_these_names(tiny_model):
+    assert {"LlamaDecoderLayer", "TimmPyramid", "MaskDecoder"} <= set(tiny_model._no_split_modules)
 
 
 # ---------------------------------------------------------------------------------------- damaged checkpoints

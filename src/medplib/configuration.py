@@ -219,7 +219,7 @@ class MedPLIBConfig(PreTrainedConfig):
 
     model_type = "medplib"
     sub_configs: ClassVar[dict] = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     text_config: Any = None
     vision: Any = None

@@ -19,6 +19,8 @@ from transformers.utils import logging
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
+from medplib.placement import compute_device, keep_parts_whole
+from medplib.quantization import stored
 
 EMBEDDED = ("medplib-tiny",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -121,6 +123,8 @@ def weights_sha256(folder: Path) -> str:
 class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of MedPLIB."""
 
+    quantization = None  # a QuantizationReport after from_pretrained(..., quantize=...)
+
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "medplib-tiny", *args, **kwargs):
         """Load a model and its processor.
@@ -134,11 +138,15 @@ class LoadingMixin:
         {...}, "clip": {...}}, by default the published ones), `clip`, a folder or Hub id of the CLIP tower
         where the weights lack it, and `adapter`, a folder with a LoRA adapter to merge.
 
+        quantize: "int8" or "int4" keeps the language model's linear layers in that many bits, made while they
+        are loaded; `model.quantization` reports it (medplib.quantization; extra `quant`). device_map: "cpu",
+        "cuda", "auto" or a place for each part, "disk" among them (extra `train`).
+
         Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
         weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
-        configuration.
+        configuration or setting, ImportError without an extra that is needed.
         """
-        from medplib import checkpoints
+        from medplib import checkpoints, quantization
         from medplib.processing import MedPLIBProcessor
 
         hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
@@ -151,7 +159,7 @@ class LoadingMixin:
             foreign.setdefault("clip", checkpoints.published_clip(folder))
         if foreign and not official:
             raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
-        wants_info = kwargs.pop("output_loading_info", False)
+        wants_info, quantize = kwargs.pop("output_loading_info", False), kwargs.pop("quantize", None)
         config = kwargs.pop("config", None)
         if config is None and official:
             settings = {k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)}
@@ -160,6 +168,10 @@ class LoadingMixin:
             config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
         elif not isinstance(config, MedPLIBConfig):
             raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
+        if quantize is not None:
+            chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+            kwargs |= {} if chosen is None else {"dtype": chosen}
+            kwargs |= quantization.loading_options(quantize, config, kwargs.get("device_map"), chosen)
         if official:
             foreign.pop("overrides", None)
             kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign, hub=hub)
@@ -185,17 +197,26 @@ class LoadingMixin:
         except Exception as error:  # transformers has no type of its own for what is wrong with a checkpoint
             reason = " ".join(str(error).split())[:1000] or type(error).__name__
             raise CheckpointError(f"Could not load {str(name_or_path)!r}: {reason}") from error
+        keep_parts_whole(model)
         _check_loaded(model, info, name_or_path)
+        model.quantization = None if quantize is None else quantization.report(model, quantize)
         model.name = str(name_or_path)
         model.source = folder
         model.processor = MedPLIBProcessor.for_model(folder, model)
         return (model, info) if wants_info else model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, also when device_map has spread the parts."""
+        return compute_device(self) or super().device
 
     def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         """Write configuration, weights (safetensors), their checksums and, when there is one, the processor.
 
         To upload a model use `push_to_hub`, which also takes the processor along.
         """
+        if self.quantization is not None:
+            raise InputError("A quantised model is not saved; save the plain one and quantise on loading.")
         if kwargs.pop("push_to_hub", False):
             raise InputError("save_pretrained does not upload; call model.push_to_hub('owner/name') instead.")
         folder = Path(save_directory)
@@ -215,10 +236,9 @@ class LoadingMixin:
         source = getattr(self, "source", None)
         if source is not None and getattr(self, "_sha256", None) is None:
             self._sha256 = weights_sha256(source)
-        return {
-            "name": getattr(self, "name", "unnamed"),
-            "weights_sha256": getattr(self, "_sha256", None) or "",
-        }
+        digest = getattr(self, "_sha256", None) or ""
+        known = {"name": getattr(self, "name", "unnamed"), "weights_sha256": digest}
+        return known | ({} if self.quantization is None else {"quantized": self.quantization.kind})
 
 
 def _check_files(folder: Path, config: MedPLIBConfig) -> None:
@@ -308,12 +328,21 @@ def _check_loaded(model, info: dict, name: str | Path) -> None:
     if info.get("error_msgs"):
         raise CheckpointError(f"Could not load {str(name)!r}: {'; '.join(map(str, info['error_msgs']))}")
     for key, value in model.state_dict().items():
-        if value.is_floating_point() and value.device.type != "meta":
-            value = value.float() if value.itemsize == 1 else value  # 8-bit floats have no isfinite
-            if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(
-                    f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged."
-                )
+        if not _is_finite(value):
+            raise CheckpointError(
+                f"The weight {key!r} of {str(name)!r} holds NaN or infinity; the file is damaged."
+            )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity, found without a copy; what was not read counts as finite."""
+    parts = stored(value)
+    if len(parts) > 1:  # quantised
+        return all(map(_is_finite, parts))
+    if not value.is_floating_point() or value.device.type == "meta" or not value.numel():
+        return True
+    value = value.float() if value.itemsize == 1 else value  # 8-bit floats cannot be compared
+    return bool(torch.stack(value.aminmax()).isfinite().all())  # of a NaN, both are NaN
 
 
 def _key_name(key: Any) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from medplib.answering import AnsweringMixin
 from medplib.configuration import MedPLIBConfig
@@ -33,23 +32,22 @@ from medplib.vision.features import VisionFeatures
 
 
 @dataclass
-class MedPLIBOutput(ModelOutput):
+class MedPLIBOutput(CausalLMOutputWithPast):
     """What `MedPLIB.forward` returns.
 
-    loss: weighted sum, scalar. losses: each unweighted term by name. logits: (B, L, vocabulary).
+    loss: weighted sum, scalar. logits: (B, L, vocabulary). losses: each unweighted term by name.
     mask_logits: (S, h, w) on the mask side's square, S in row-major order of the `<SEG>` tokens.
     iou_scores: (S,) predicted IoU. seg_rows: (S,) the row each mask belongs to.
     """
 
-    loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
-    logits: Tensor | None = None
     mask_logits: Tensor | None = None
     iou_scores: Tensor | None = None
     seg_rows: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+
+
+# What transformers calls the keys and values of earlier tokens: "cache" from 5.24 on.
+CACHE = next(f.name for f in dataclasses.fields(MedPLIBOutput) if f.name in ("cache", "past_key_values"))
 
 
 class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
@@ -69,7 +67,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = (CACHE,)
     _can_set_experts_implementation_cached_value = True
     # Parts that stay on one device with device_map; the language model adds its decoder layers by itself.
     _no_split_modules = (
@@ -250,7 +248,6 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         features: VisionFeatures | None = None,
         mask_features: VisionFeatures | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         last_hidden_only: bool = False,
@@ -262,7 +259,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         the vision tower and mask_pixel_values (N, 3, H', W') for the mask side (or their `features`, computed
         before); image_index, region_masks, region_images as in `embed`; seg_images (S,) the image that each
         `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1} on the
-        mask side's square. Raises InputError where counts do not match.
+        mask side's square. kwargs, such as the keys and values of earlier tokens, go to the decoder. Raises
+        InputError where counts do not match.
         """
         if features is None and pixel_values is not None:
             features = self.vision_tower(pixel_values)
@@ -272,7 +270,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             use_cache = False
         embeds = self.embed(input_ids, features, image_index, region_masks, region_images)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        if past_key_values is not None and input_ids.shape[1] == 1:
+        if kwargs.get(CACHE) is not None and input_ids.shape[1] == 1:
             mask = None  # what is generated is never padding
         moe = self.config.moe if labels is not None else None
         coefs = {name: getattr(moe, f"{name}_loss_coef", 0.0) for name in ("balance", "sequence", "z")}
@@ -281,12 +279,12 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         with routing_mask(None if mask is None else mask[:, -input_ids.shape[1] :]), listening as aux:
             out = self.get_decoder()(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+                use_cache=use_cache, **kwargs,
             )  # fmt: skip
         hidden = out.last_hidden_state  # (B, L, D)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.get_output_embeddings()(hidden[:, keep])
-        result = MedPLIBOutput(logits=logits, past_key_values=out.past_key_values, attentions=out.attentions)
+        result = MedPLIBOutput(logits=logits, attentions=out.attentions, **{CACHE: getattr(out, CACHE)})
         result.hidden_states = (hidden[:, -1:],) if last_hidden_only else out.hidden_states
 
         if mask_pixel_values is not None or mask_features is not None:
@@ -348,9 +346,10 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             out |= {name: term.to(logits.device) for name, term in terms.items()}
         return out
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        cache = kwargs.get(CACHE)
+        if cache is not None and cache.get_seq_length() > 0:
             for name in ("pixel_values", "image_index", "region_masks", "region_images", "features"):
                 inputs.pop(name, None)
         return inputs

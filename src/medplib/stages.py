@@ -29,6 +29,7 @@ from medplib.lora import (
     require_peft,
 )
 from medplib.parts import PartTable, keep_frozen_in_eval, module_parts, part_table
+from medplib.quantization import is_quantized
 
 __all__ = [
     "ALIGN",
@@ -226,7 +227,7 @@ def set_stage(model: nn.Module, stage: Stage | str, *, merge: bool = False) -> P
     adapters = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         trains = id(parameter) in opened or id(parameter) in adapters
-        if parameter.is_floating_point() or parameter.is_complex():
+        if not is_quantized(parameter):
             parameter.requires_grad_(trains)
         if not trains:
             parameter.grad = None
@@ -331,11 +332,14 @@ def _check_opened(
 ) -> None:
     if not opened and not wanted:
         raise InputError(f"Stage '{stage.name}' would train nothing in this {type(model).__name__}.")
+    if getattr(getattr(model, "quantization", None), "kind", None) == "int4":
+        raise InputError(
+            "int4 layers pass no gradient on, so nothing trains here; load the model with quantize='int8' "
+            "for LoRA, or without quantize."
+        )
     for name, parameter in model.named_parameters():
-        if id(parameter) in opened and not (parameter.is_floating_point() or parameter.is_complex()):
-            raise InputError(
-                f"{name} is stored as {parameter.dtype} and cannot be trained in full; use LoRA."
-            )
+        if id(parameter) in opened and is_quantized(parameter):
+            raise InputError(f"{name} is quantised and cannot be trained in full; use LoRA.")
     for name in wanted:
         if any(id(parameter) in opened for parameter in model.get_submodule(name).parameters()):
             raise InputError(f"Stage '{stage.name}' trains {name} in full and with LoRA; choose one.")

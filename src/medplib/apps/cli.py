@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
-import os
-import re
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from medplib.apps.data_cli import data
-from medplib.errors import InputError, MedPLIBError
+from medplib.apps.models import check_options, load_model
+from medplib.apps.prompts import PromptCommand, make_prompts
+from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer
+from medplib.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from medplib.results import Answer
-
-NOTICE = "Research use only. Not a medical device."
-
-# Options that take several numbers or keep their place among each other: option -> names of its values
-_PROMPTS = {
-    "--box": ("x0", "y0", "x1", "y1"),
-    "--point": ("x", "y"),
-    "--background-point": ("x", "y"),
-    "--mask": ("file",),
-}
 
 app = typer.Typer(
     name="medplib",
@@ -51,116 +38,115 @@ def main() -> None:
     app()
 
 
-class PromptCommand(TyperCommand):
-    """A command whose prompts keep their order and take their numbers as separate words."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        joined, prompts = _join_prompts(args)
-        with (
-            _errors_in_one_line()
-        ):  # here, because a number too few makes the words after it part of the prompt
-            for option, value in prompts:
-                if option != "--mask":
-                    _numbers(option, value)
-        ctx.meta["medplib.prompts"] = prompts
-        return super().parse_args(ctx, joined)
-
-
-def _join_prompts(args: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """`--box 1 2 3 4` -> `--box=1 2 3 4`, and all (option, value) in their order. Ends at `--`."""
-    joined: list[str] = []
-    prompts: list[tuple[str, str]] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*joined, word, *rest], prompts
-        option, equals, value = word.partition("=")
-        if option not in _PROMPTS:
-            joined.append(word)
-            continue
-        values = [value] if equals else []
-        while len(values) < len(_PROMPTS[option]) and rest and not _is_option(rest[0]):
-            if equals and re.search(r"[\s,]", value):
-                break  # `--box=1,2,3,4` is complete
-            values.append(rest.pop(0))
-        prompts.append((option, " ".join(values)))
-        joined.append(f"{option}={prompts[-1][1]}")
-    return joined, prompts
-
-
-def _is_option(word: str) -> bool:
-    return bool(re.match(r"--|-[A-Za-z]", word)) and not re.fullmatch(r"-(inf|nan)\w*", word, re.IGNORECASE)
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    """What the user can mend: one line on standard error and exit status 2, no traceback."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it becomes an error
-            yield
-    except (MedPLIBError, OSError) as error:
-        typer.echo(f"error: {_printable(' '.join(str(error).split()))}", err=True)
-        raise typer.Exit(2) from None
+_ModelName = Annotated[str, typer.Option("--model", help="A known model, a folder or a Hub id.")]
+_Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... By default where the model is loaded.")
+]
+_DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16 or auto (as in the file)."),
+]
+_Quantize = Annotated[
+    str | None, typer.Option(metavar="BITS", help="int8 or int4: keep the language model in that many bits.")
+]
+_DeviceMap = Annotated[
+    str | None,
+    typer.Option(metavar="auto", help="Spread the model over GPUs, CPU and disk. Not with --device."),
+]
+_Batch = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Answer the jobs of a file instead: JSON lines, see the README."),
+]
+_BatchSize = Annotated[int, typer.Option(min=1, help="How many jobs are answered together.")]
+_Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write overlay, masks and answer.json into this folder.")
+]
+_Box = Annotated[
+    list[str] | None,
+    typer.Option(metavar="X0 Y0 X1 Y1", help="Ask about a box, in pixels of the first image. Repeatable."),
+]
+_Point = Annotated[
+    list[str] | None, typer.Option(metavar="X Y", help="Ask about the place at this point. Repeatable.")
+]
+_BackgroundPoint = Annotated[
+    list[str] | None,
+    typer.Option(metavar="X Y", help="A point that does not belong to the region. Repeatable."),
+]
+_Mask = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Ask about the non-zero pixels of this image. Repeatable."),
+]
+_AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")]
 
 
 @app.command(cls=PromptCommand)
 def ask(
     ctx: typer.Context,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="One or more image files.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="IMAGE...", help="One or more image files.")
+    ] = None,
     question: Annotated[
-        str, typer.Argument(metavar="QUESTION", help='In quotes, e.g. "Segment the right lung."')
-    ],
-    model: Annotated[
-        str, typer.Option(help="A known model, a folder with a saved one, or a Hub id.")
-    ] = "medplib-tiny",
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write the overlay, the masks and answer.json into this folder."),
+        str | None, typer.Argument(metavar="QUESTION", help='In quotes, e.g. "Segment the right lung."')
     ] = None,
-    box: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="X0 Y0 X1 Y1", help="Ask about a box, in pixels of the first image. Repeatable."
-        ),
-    ] = None,
-    point: Annotated[
-        list[str] | None, typer.Option(metavar="X Y", help="Ask about the place at this point. Repeatable.")
-    ] = None,
-    background_point: Annotated[
-        list[str] | None,
-        typer.Option(metavar="X Y", help="A point that does not belong to the region. Repeatable."),
-    ] = None,
-    mask: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="Ask about the non-zero pixels of this image. Repeatable."),
-    ] = None,
+    model: _ModelName = "medplib-tiny",
+    out: _Out = None,
+    box: _Box = None,
+    point: _Point = None,
+    background_point: _BackgroundPoint = None,
+    mask: _Mask = None,
+    batch: _Batch = None,
+    batch_size: _BatchSize = 4,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ... By default where the model is loaded.")
-    ] = None,
+    device: _Device = None,
+    dtype: _DType = None,
+    quantize: _Quantize = None,
+    device_map: _DeviceMap = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")
-    ] = False,
+    as_json: _AsJson = False,
 ) -> None:
-    """Ask a question about one or more images.
+    """Ask a question about one or more images, or with --batch the questions of a file.
 
     The prompts --box, --point, --background-point and --mask may be mixed. Each <region> in the question
     stands for the next of them, in the order of the command line. They lie on the first image.
     """
-    del box, point, background_point, mask  # declared for the help page; `prompts` has them in their order
-    with _errors_in_one_line():
+    del box, point, background_point, mask  # declared for the help page; the context has them in their order
+    prompts = ctx.meta["medplib.prompts"]
+    options = {"seed": seed} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+    with errors_in_one_line():
+        if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
+            raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
+        check_options(device, dtype, quantize, device_map)
+        load = functools.partial(load_model, model, device, dtype, quantize, device_map)
+        if batch is not None:
+            if images or question or prompts:
+                raise InputError("With --batch the images, questions and prompts are those of its file.")
+            raise typer.Exit(_ask_batch(load, batch, out, batch_size, options))
+        if not images or question is None:
+            raise InputError("Give one or more images and a question, or --batch FILE.")
         pictures = _load_images(images, question)
-        prompts = _make_prompts(ctx.meta["medplib.prompts"], pictures[0].shape[:2])
-        _check_settings(out, device)
-        answer = _run(model, device, pictures, question, prompts, seed, max_new_tokens)
+        made = make_prompts(prompts, pictures[0].shape[:2])
+        asked = pictures if len(pictures) > 1 else pictures[0]
+        answer = load().ask(asked, question, prompts=made, **options)
         written = answer.save(out) if out is not None else []
     if as_json:
         typer.echo(json.dumps(answer.to_dict(), ensure_ascii=True))
     else:
-        _show(answer, out, written)
+        show_answer(answer, out, written)
+
+
+def _ask_batch(
+    load: Callable[[], Any], file: Path, out: Path | None, batch_size: int, options: dict[str, Any]
+) -> int:
+    """The exit status: 0 when every job has an answer, 1 when some failed."""
+    from medplib.apps.batch import run_batch
+
+    out = None if out is None else out.expanduser()
+    answered, failed, before = run_batch(load, file, out, batch_size=batch_size, show=typer.echo, **options)
+    summary = f"{answered} answered, {failed} failed, {before} were there before."
+    if out is not None:
+        summary += f" Written to {printable(str(out))}.\n{NOTICE}"
+    typer.echo(summary, err=out is None)
+    return int(failed > 0)
 
 
 def _load_images(files: Sequence[str], question: str) -> list[np.ndarray]:
@@ -173,105 +159,6 @@ def _load_images(files: Sequence[str], question: str) -> list[np.ndarray]:
     return [load_image(file) for file in files]
 
 
-def _make_prompts(given: Sequence[tuple[str, str]], size: tuple[int, int]) -> list[Any]:
-    """(option, value) pairs -> checked Point, Box and Mask objects, in the same order."""
-    from medplib.prompts.types import Box, Mask, Point
-
-    prompts: list[Any] = []
-    for option, value in given:
-        if option == "--mask":
-            if not value:
-                raise InputError("--mask needs the path of an image file.")
-            prompt: Any = Mask(value)
-            prompts.append(Mask(prompt.to_mask(size)))  # read once, here
-            continue
-        numbers = _numbers(option, value)
-        prompt = Box(*numbers) if option == "--box" else Point(*numbers, label=int(option == "--point"))
-        prompt.check(size)
-        prompts.append(prompt)
-    return prompts
-
-
-def _numbers(option: str, value: str) -> list[float]:
-    names = _PROMPTS[option]
-    try:
-        numbers = [float(word) for word in re.split(r"[\s,]+", value.strip())]
-    except ValueError:
-        numbers = []
-    if len(numbers) != len(names):
-        raise InputError(f"{option} needs {len(names)} numbers, {' '.join(names)} in pixels, got {value!r}.")
-    return numbers
-
-
-def _check_settings(out: Path | None, device: str | None) -> None:
-    """What can be refused before a model is loaded."""
-    if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
-        raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
-    if device is not None and not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d+)?)", device):
-        raise InputError(f"--device must be cpu, cuda, cuda:1, xpu or mps, got {device!r}.")
-
-
-def _run(
-    name: str,
-    device: str | None,
-    pictures: list[np.ndarray],
-    question: str,
-    prompts: list[Any],
-    seed: int,
-    max_new_tokens: int | None,
-) -> Answer:
-    _quieten()
-    from medplib import MedPLIB
-
-    loaded = MedPLIB.from_pretrained(name)
-    if device is not None:
-        try:
-            loaded = loaded.to(device)
-        except (RuntimeError, AssertionError) as error:  # torch's two ways to say that a device is missing
-            reason = str(error).splitlines()[0] if str(error) else "not available"
-            raise InputError(f"--device {device} cannot be used here: {reason}") from error
-    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-    asked = pictures if len(pictures) > 1 else pictures[0]
-    return loaded.ask(asked, question, prompts=prompts, seed=seed, **limit)
-
-
-def _quieten() -> None:
-    """No progress bars and no usage statistics, unless the user's environment says otherwise."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-def _show(answer: Answer, out: Path | None, written: Sequence[Path]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    typer.echo(_printable(answer.text))
-    if answer.findings:
-        table = Table("label", "score", "area (pixels)", "box (x0 y0 x1 y1)", highlight=False)
-        several = len(answer.images) > 1
-        if several:
-            table.add_column("image")
-        for finding in answer.findings:
-            box = " ".join(str(side) for side in finding.box) if finding.box else "empty"
-            cells = [
-                _printable(finding.label).replace("[", r"\["),
-                f"{finding.score:.3f}",
-                str(finding.area),
-                box,
-            ]
-            table.add_row(*cells, *([str(finding.image)] if several else []))
-        Console(emoji=False, soft_wrap=False).print(table)
-    if out is not None:
-        typer.echo(f"Written to {_printable(str(out))}: {', '.join(path.name for path in written)}")
-    typer.echo(NOTICE)
-
-
-def _printable(text: str) -> str:
-    """Without control characters, which could steer a terminal; line breaks and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-
-
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A known model, a folder or a Hub id.")],
@@ -281,25 +168,23 @@ def export(
     ] = "official",
 ) -> None:
     """Write a model's weights, configuration and tokenizer in another layout."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         if layout not in ("official", "medplib"):
             raise InputError(f"--format must be official or medplib, got {layout!r}.")
-        _quieten()
-        from medplib import MedPLIB
+        loaded = load_model(model, dtype="auto")
         from medplib.official.export import export_official
 
-        loaded = MedPLIB.from_pretrained(model, dtype="auto")
         if layout == "official":
             export_official(loaded, folder)
         else:
             loaded.save_pretrained(folder)
-        typer.echo(f"Written to {_printable(str(folder))}")
+        typer.echo(f"Written to {printable(str(folder))}")
 
 
 @app.command()
 def info() -> None:
     """Show versions, devices, compiled operators, known models and the names of all parts."""
-    with _errors_in_one_line():
+    with errors_in_one_line():
         for title, lines in _facts():
             typer.echo(f"{title:<20} {lines[0] if lines else 'none'}")
             for line in lines[1:]:

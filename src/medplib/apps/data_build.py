@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from medplib.apps.terminal import errors_in_one_line, printable
 from medplib.errors import InputError
 
 Types = Annotated[str, typer.Option(metavar="A,B", help="Of grounding, region, complex.")]
@@ -82,10 +83,9 @@ def build(
     SRC holds images/, masks/, SAMed2D_v1.json and SAMed2D_v1_class_mapping_id.json. Train and test are split
     by case. The folder appears complete or not at all.
     """
-    from medplib.apps.cli import _errors_in_one_line, _printable
     from medplib.data.builder import BuildSettings, SAMed2DFolder, build_mecovqa
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         settings = BuildSettings(
             seed=seed,
             types=tuple(name.strip() for name in types.split(",") if name.strip()),
@@ -107,7 +107,7 @@ def build(
         samples = SAMed2DFolder(source)
         report = build_mecovqa(samples, out, settings, writer=chosen, link=not copy, overwrite=overwrite)
     _show(report)
-    typer.echo(f"Written to {_printable(str(out))}: look at sheet.png and statistics.json there.")
+    typer.echo(f"Written to {printable(str(out))}: look at sheet.png and statistics.json there.")
 
 
 def _writer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medplib.apps.data_build import build
+from medplib.apps.terminal import errors_in_one_line, printable
 from medplib.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,9 +59,8 @@ def check(
     Reads every picture and mask once. Exit status 0: fit, perhaps with warnings; 1: not fit; 2: it could not
     be read at all.
     """
-    from medplib.apps.cli import _errors_in_one_line, _printable
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from medplib.data.check import check_records
 
         records = _read(path, layout, split, option)
@@ -73,7 +73,7 @@ def check(
         else:
             _show(report)
             if sheet is not None:
-                typer.echo(f"Samples drawn in {_printable(str(sheet))}")
+                typer.echo(f"Samples drawn in {printable(str(sheet))}")
     if not report.fit:
         raise typer.Exit(1)
 
@@ -90,20 +90,19 @@ def convert(
     option: Options = None,
 ) -> None:
     """Write a data set in another layout. Exit status 1: some records were left out."""
-    from medplib.apps.cli import _errors_in_one_line, _printable
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         from medplib.data.convert import convert as write
 
         records = _read(path, layout, split, option)
         done = write(records, out, to, progress=_progress("records"))
         typer.echo(
-            f"Written to {_printable(str(out))}: {done.records} records, {done.images} images, "
+            f"Written to {printable(str(out))}: {done.records} records, {done.images} images, "
             f"{done.masks} masks in {', '.join(done.files)}"
         )
         report = records.report.merged(done.report)
         if report:
-            typer.echo(_printable(str(report)))
+            typer.echo(printable(str(report)))
     if done.records < len(records):
         raise typer.Exit(1)
 
@@ -121,9 +120,8 @@ def preview(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path("preview.png"),
 ) -> None:
     """Show some records: their pictures with masks and regions in one file, their words here."""
-    from medplib.apps.cli import _errors_in_one_line, _printable
 
-    with _errors_in_one_line():
+    with errors_in_one_line():
         import numpy as np
 
         from medplib.data.samples import keyed_rng
@@ -136,8 +134,8 @@ def preview(
             chosen = np.sort(keyed_rng("preview", seed).choice(len(records), number, replace=False))
         _sheet(records, chosen.tolist(), out)
         for index in chosen.tolist():
-            typer.echo(_printable(_words(index, records[index])))
-        typer.echo(f"{number} of {len(records)} records drawn in {_printable(str(out))}")
+            typer.echo(printable(_words(index, records[index])))
+        typer.echo(f"{number} of {len(records)} records drawn in {printable(str(out))}")
 
 
 def _read(path: Path, layout: str, split: str | None, options: Sequence[str] | None) -> RecordSet:

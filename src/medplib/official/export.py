@@ -133,6 +133,8 @@ def _check(model: MedPLIB, folder: Path) -> None:
         raise InputError(f"The published layout cannot hold this model: {'; '.join(wrong)}.")
     if folder.is_file():
         raise InputError(f"{str(folder)!r} is a file; give the path of a folder.")
+    if getattr(model, "quantization", None) is not None:
+        raise InputError("A quantised model cannot be exported; load it without quantize.")
     if any(value.device.type == "meta" for value in model.state_dict().values()):
         raise InputError("Some weights are offloaded; load the model without device_map to export it.")
 

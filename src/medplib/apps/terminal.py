@@ -1,0 +1,60 @@
+"""What the commands print: an answer, one line for an error, and nothing that could steer a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from medplib.errors import MedPLIBError
+
+if TYPE_CHECKING:
+    from medplib.results import Answer
+
+NOTICE = "Research use only. Not a medical device."
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What the user can mend: one line on standard error and exit status 2, no traceback."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it becomes an error
+            yield
+    except (MedPLIBError, OSError) as error:
+        typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
+        raise typer.Exit(2) from None
+
+
+def show_answer(answer: Answer, out: Path | None, written: Sequence[Path]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    typer.echo(printable(answer.text))
+    if answer.findings:
+        table = Table("label", "score", "area (pixels)", "box (x0 y0 x1 y1)", highlight=False)
+        several = len(answer.images) > 1
+        if several:
+            table.add_column("image")
+        for finding in answer.findings:
+            box = " ".join(str(side) for side in finding.box) if finding.box else "empty"
+            cells = [
+                printable(finding.label).replace("[", r"\["),
+                f"{finding.score:.3f}",
+                str(finding.area),
+                box,
+            ]
+            table.add_row(*cells, *([str(finding.image)] if several else []))
+        Console(emoji=False, soft_wrap=False).print(table)
+    if out is not None:
+        typer.echo(f"Written to {printable(str(out))}: {', '.join(path.name for path in written)}")
+    typer.echo(NOTICE)
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could steer a terminal; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
