@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from medplib import MoERouter
 from medplib.errors import InputError
 from medplib.experts.noise import KeyedNoise
 
@@ -91,3 +92,27 @@ def test_recomputation_draws_what_the_forward_drew():
 def test_wrong_seed_is_named():
     with pytest.raises(InputError, match="seed must be a whole number or None, got 'a'"):
         KeyedNoise("a")
+
+
+def test_checkpoint_around_compiled_code_draws_and_balances_as_plain_code_does():
+    options = {"noise": "gumbel", "noise_scale": 5.0, "seed": 1, "bias_rate": 0.5}
+    router = MoERouter(8, 4, hidden_dim=4, gate_args=options)
+    x, state = torch.randn(64, 8, requires_grad=True), copy.deepcopy(router.state_dict())
+
+    def run(function) -> list[torch.Tensor]:
+        router.load_state_dict(state)
+        x.grad = None
+        for _ in range(2):
+            function(x).square().sum().backward()
+        return [
+            x.grad,
+            router.gate.draws.state.clone(),
+            router.gate.bias.load.clone(),
+            router.gate.bias.steps,
+        ]
+
+    expected = [part.clone() for part in run(router)]
+    torch._dynamo.reset()
+    compiled = torch.compile(router, backend="aot_eager")
+    got = run(lambda x: checkpoint(compiled, x, use_reentrant=False))
+    torch.testing.assert_close(got, expected)

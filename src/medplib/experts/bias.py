@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medplib import ops
 from medplib.errors import InputError
-from medplib.experts.context import is_recomputation
+from medplib.experts.noise import first_run
 
 UPDATES = ("forward", "call")
 
@@ -52,22 +52,29 @@ class LoadBias(nn.Module):
 
     def begin(self) -> None:
         """Called by the gate at the start of a training forward."""
-        if self.when == "forward" and not is_recomputation():
-            self.update()
+        if self.when == "forward":
+            self._step(first_run(self.load))
 
     @torch.no_grad()
     def count(self, experts: Tensor) -> None:
         """Add the choices of a forward, experts (T, K), to the load."""
-        if not is_recomputation():
-            self.load += ops.count_choices(experts, len(self.load))
+        self.load += ops.count_choices(experts, len(self.load)) * first_run(self.load)
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the bias one step against the load counted since the last update, and start counting anew."""
+        self._step(1)
+
+    @torch.no_grad()
+    def _step(self, times: Tensor | int) -> None:
+        """Once or, with 0, not at all."""
+        if isinstance(times, int) and not times:
+            return
+        load = self.load.clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load)
-        self.steps += torch.sign(self.load.sum() - self.load * len(self.load))
-        self.load.zero_()
+            torch.distributed.all_reduce(load)
+        self.steps += torch.sign(load.sum() - load * len(load)) * times
+        self.load *= 1 - times
 
     def extra_repr(self) -> str:
         return f"{len(self.steps)}, rate={self.rate}, update={self.when!r}"

@@ -44,8 +44,7 @@ class KeyedNoise(nn.Module):
 
     def advance(self) -> None:
         """Go to the next draw, unless this is a forward that gradient checkpointing repeats."""
-        if not is_recomputation():
-            self.state[1] += 1
+        self.state[1] += first_run(self.state)
 
     def uniform(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Float32 numbers above 0 and below 1, the same until `advance`. No host sync."""
@@ -59,6 +58,25 @@ class KeyedNoise(nn.Module):
     def gumbel(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Float32 numbers of the Gumbel(0, 1) distribution."""
         return -torch.log(-torch.log(self.uniform(shape, device)))
+
+
+def first_run(like: Tensor) -> Tensor | int:
+    """1, or 0 in a forward that gradient checkpointing repeats.
+
+    Compiled code finds out each time it runs, and so gets a tensor () on the device of `like`: a checkpoint
+    around it runs the very same code again.
+    """
+    return _first_run(like) if torch.compiler.is_compiling() else int(not is_recomputation())
+
+
+@torch.library.custom_op("medplib::first_run", mutates_args=())
+def _first_run(like: Tensor) -> Tensor:
+    return like.new_full((), int(not is_recomputation()), dtype=torch.int64)
+
+
+@_first_run.register_fake
+def _(like: Tensor) -> Tensor:
+    return like.new_empty((), dtype=torch.int64)
 
 
 def _mix(z: Tensor) -> Tensor:
