@@ -142,8 +142,9 @@ def test_a_bad_job_is_reported_and_the_others_are_answered(model, jobs, line):
 
 def test_done_jobs_are_skipped_and_a_torn_line_is_done_again(model, jobs, tmp_path):
     out = tmp_path / "out"
-    path = jobs(job("one"), job("fail"), job("three"), job("four"))
+    path = jobs(job("one"), job("fail"), job("three", id=3), job("four"))
     run_batch(lambda: model, path, out)
+    assert [record["id"] for record in results(out)] == ["1", "2", 3, "4"]
     content = (out / "results.jsonl").read_bytes()
     (out / "results.jsonl").write_bytes(content[:-40])  # killed while it wrote
     model.batches.clear()

@@ -115,6 +115,13 @@ def test_batches_regions_and_masks_work(folder, kind, pictures):
         assert model(**batch.tensors).mask_logits.isfinite().all()
 
 
+def test_places_may_be_named_when_all_are_the_cpu(folder, kind):
+    plain = MedPLIB.from_pretrained(folder)
+    places = {name: "cpu" for name, _ in plain.named_children()}
+    assert MedPLIB.from_pretrained(folder, quantize=kind, device_map=places).quantization.share > 0
+    assert MedPLIB.from_pretrained(folder, quantize=kind, device_map="auto").quantization.share > 0
+
+
 def test_a_published_folder_loads_quantised(golden_dir):
     from parity.recorded_model import Recorded
 
@@ -152,6 +159,8 @@ def test_wrong_settings_are_refused_before_loading(tiny_folder, folder, monkeypa
         MedPLIB.from_pretrained(tiny_folder, quantize="int3")
     with pytest.raises(InputError, match=r"int4 computes in bfloat16; leave dtype='torch.float32' out"):
         MedPLIB.from_pretrained(folder, quantize="int4", dtype=torch.float32)
+    with pytest.raises(InputError, match="cannot stay on the disk"):
+        MedPLIB.from_pretrained(folder, quantize="int8", device_map={"": "disk"})
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match=r"pip install .medplib\[quant\]"):
         MedPLIB.from_pretrained(folder, quantize="int8")

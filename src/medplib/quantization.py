@@ -62,13 +62,18 @@ class QuantizationReport:
 def loading_options(kind: str, config: MedPLIBConfig, device_map: Any, dtype: Any) -> dict[str, Any]:
     """The arguments of transformers' `from_pretrained` for `quantize=kind`.
 
-    dtype: as given by the user, or None. Raises InputError for an unknown kind and for int4 in another dtype
-    than bfloat16, ImportError where torchao is missing or lacks the kernels.
+    dtype: as given by the user, or None. Raises InputError for an unknown kind, parts on the disk, and int4
+    in another dtype than bfloat16, ImportError where torchao is missing or lacks the kernels.
     """
     if kind not in KINDS:
         raise InputError(f"quantize must be one of {', '.join(KINDS)}, got {kind!r}.")
     if kind == "int4" and dtype not in (None, "auto", "bfloat16", torch.bfloat16):
         raise InputError(f"int4 computes in bfloat16; leave dtype={str(dtype)!r} out, or take int8.")
+    places = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+    if "disk" in places:
+        raise InputError(
+            "Quantised weights cannot stay on the disk; give another device_map, or no quantize."
+        )
     try:
         import torchao  # noqa: F401
         from transformers import TorchAoConfig
@@ -82,6 +87,8 @@ def loading_options(kind: str, config: MedPLIBConfig, device_map: Any, dtype: An
             return super().get_apply_tensor_subclass()
 
     options = {"quantization_config": Config(scheme, modules_to_not_convert=list(_NOT))}
+    if places == {"cpu"}:  # transformers would quantise on an accelerator, as for parts that wait on the CPU
+        options["device_map"] = "cpu"
     return options | ({"dtype": torch.bfloat16} if kind == "int4" else {})
 
 

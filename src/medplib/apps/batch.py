@@ -201,11 +201,13 @@ def run_batch(
                     result.save(out / job.id)
             except InputError as error:  # a foreign file is in the way; any other error would stop all jobs
                 result = error
+            given = job.content.get("id")
+            record = {"id": job.id if given is None else given}  # a number stays a number
             if isinstance(result, Exception):
-                record = {"id": job.id, "error": " ".join(str(result).split()) or type(result).__name__}
+                record["error"] = " ".join(str(result).split()) or type(result).__name__
                 failed += 1
             else:
-                record = {"id": job.id, **result.to_dict()}
+                record |= result.to_dict()
                 answered += 1
             line = json.dumps(record)
             show(line) if out is None else _append(out / RESULTS, line)
@@ -226,7 +228,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             record = json.loads(line)
-            results[record["id"]] = record
+            results[str(record["id"])] = record
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"Line {number} of {str(path)!r} is no result ({error!r}); give another --out."
