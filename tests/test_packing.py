@@ -10,6 +10,7 @@ from torch import nn
 
 from medplib.errors import InputError
 from medplib.experts import MoERouter, SwiGLU, upcycle
+from medplib.experts.packing import pack_mixtures
 
 DIM, HIDDEN = 6, 5
 
@@ -276,3 +277,15 @@ def test_transformers_saves_packed_experts_and_loads_them_apart(tmp_path):
     loaded.model.layers[0].mlp.pack()
     assert loaded.model.layers[0].mlp.packed_weights()["gate_up_proj.weight"].shape == (2, 24, 8)
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def test_mixtures_of_a_model_are_packed_where_they_lie_on_the_device_named():
+    model = nn.Sequential(make_router(pack=False), MoERouter(DIM, {"a": SwiGLU(DIM, 4), "b": SwiGLU(DIM, 5)}))
+    x = torch.randn(7, DIM)
+    before = model(x)
+    pack_mixtures(model)  # on CUDA, where none is
+    assert model[0].packed_weights() is None
+    pack_mixtures(model, "cpu")
+    assert_packed(model[0])
+    assert model[1].packed_weights() is None  # they differ, and stay as they were
+    assert torch.equal(model(x), before)

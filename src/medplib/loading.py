@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
+from medplib.experts.packing import pack_mixtures
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
 
@@ -199,11 +200,18 @@ class LoadingMixin:
             raise CheckpointError(f"Could not load {str(name_or_path)!r}: {reason}") from error
         keep_parts_whole(model)
         _check_loaded(model, info, name_or_path)
+        pack_mixtures(model)
         model.quantization = None if quantize is None else quantization.report(model, quantize)
         model.name = str(name_or_path)
         model.source = folder
         model.processor = MedPLIBProcessor.for_model(folder, model)
         return (model, info) if wants_info else model
+
+    def _apply(self, *args: Any, **kwargs: Any):
+        """Move or cast everything (called by .to() and the like)."""
+        moved = super()._apply(*args, **kwargs)
+        pack_mixtures(self)
+        return moved
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ the storage of all of them (safetensors and save_pretrained do not).
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib.errors import InputError
+from medplib.experts.context import named_routers
 
 if TYPE_CHECKING:
     from medplib.experts.router import MoERouter
@@ -82,6 +84,19 @@ def pack_experts(router: MoERouter) -> Packed:
                     packed[e, g] = parameter
                     parameter.data = packed[e, g]
     return Packed(router)
+
+
+def pack_mixtures(model: nn.Module, device: str = "cuda") -> None:
+    """Pack the mixtures of a model that lie on this kind of device, where one kernel reads all experts.
+
+    One layer after another, so that no more than one is twice in memory. Those that cannot be packed
+    (quantised, sharded, unequal) stay as they are.
+    """
+    for router in named_routers(model).values():
+        there = all(parameter.device.type == device for parameter in router.parameters())
+        if there and router.packed_weights() is None:
+            with contextlib.suppress(InputError):
+                router.pack()
 
 
 def packed_views(router: MoERouter) -> dict[str, Tensor] | None:
