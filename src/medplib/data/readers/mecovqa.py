@@ -36,6 +36,7 @@ from medplib.data.rows import scan_json
 from medplib.errors import InputError
 
 KINDS = ("complex", "region", "grounding")
+ZEROSHOT = "zeroshot4grounding"
 _REGION = re.compile(r"((?:<region>\s*)+)([^<>]*?)((?:\s*</region>)+)")
 _MASK = re.compile(r"((?:<SEG>\s*)*)((?:<mask>\s*)+)([^<>]*?)((?:\s*</mask>)+)")
 
@@ -65,12 +66,8 @@ def read_mecovqa(
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)} or None, got {kind!r}.")
-    patterns = ("*.json", "train/*.json", "test/*.json", "zeroshot4grounding/*.json", "*/MeCoVQA*.json")
-    named = [
-        (file, _split(file, Path(path)))
-        for file in find_files(path, patterns, "MeCoVQA")
-        if not file.name.startswith("SAMed2D")
-    ]
+    patterns = [f"{folder}*.json" for folder in ("MeCoVQA", "*/MeCoVQA", "train/", "test/", f"{ZEROSHOT}/")]
+    named = [(file, _split(file, Path(path))) for file in find_files(path, patterns, "MeCoVQA")]
     chosen = [(file, name) for file, name in named if split in (None, name) and kind in (None, _kind(file))]
     if not chosen:
         there = ", ".join(sorted({f"{name}/{_kind(file)}" for file, name in named}))
@@ -185,14 +182,14 @@ def _check(row: Any, listing: Listing, report: ReadReport) -> None:
 
 
 def _kind(file: Path) -> str | None:
-    if file.parent.name == "zeroshot4grounding":
+    if file.parent.name == ZEROSHOT:
         return "grounding"
     return next((kind for kind in KINDS if kind in file.name.lower()), None)
 
 
 def _split(file: Path, root: Path) -> str | None:
     """ "zeroshot", what the names say, or the folder's name below the data set's."""
-    if file.parent.name == "zeroshot4grounding":
+    if file.parent.name == ZEROSHOT:
         return "zeroshot"
     return split_of(file) or (None if root in (file, file.parent) else file.parent.name)
 
