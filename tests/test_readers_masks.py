@@ -425,6 +425,7 @@ def test_coco_has_a_record_per_image_and_category(coco):
     }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 def test_polygons_agree_with_pycocotools_but_for_the_outline():
     rng = np.random.default_rng(0)
     for _ in range(30):

@@ -24,7 +24,6 @@ from medplib.data.readers.common import (
     find_files,
     image_store,
     index,
-    open_store,
     pair_up,
     split_of,
     with_suffix,
@@ -76,7 +75,7 @@ def read_mecovqa(
         )
     report, parts = ReadReport(), []
     for file, name in chosen:
-        store = image_store(file, _images(file), ()) if images is None else open_store(images)
+        store = image_store(file, _images(file), (), images)
         listing = Listing(store)
         rows, kept = index(file, lambda row, listing=listing: _check(row, listing, report), report)
         parts.append((rows, kept, MecovqaRow(store, name, _kind(file), _class_names(store))))
