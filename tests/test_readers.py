@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -234,6 +235,10 @@ def test_pmc_vqa_both_versions(tmp_path):
     assert dropped == {("dropped", "the answer is none of the choices"): ["a.jpg: 'Skin'"]}
     (record,) = read("pmc_vqa", tmp_path, version=2)
     assert (record.turns[0][1], record.choices[2]) == ("PET", "PET")
+    with zipfile.ZipFile(tmp_path / "figures.zip", "w") as out:
+        out.writestr("figures/a.jpg", png(7))
+    (record,) = read("pmc_vqa", tmp_path, version=2, images=tmp_path / "figures.zip")
+    assert record.load_images()[0].max() == 7
     assert len(read("pmc_vqa", tmp_path, split="test", version=1)) == 3
     assert len(read("pmc_vqa", tmp_path, split="test", version=1, clean=True)) == 2
     with pytest.raises(InputError, match="versions 1 and 2; choose"):

@@ -78,6 +78,7 @@ def mecovqa(tmp_path):
     )
     put(root / "test" / "MeCoVQA_Region_VQA_test.json", [mecovqa_row(f"<region>{tag}</region>?", "Kidney.")])
     put(root / "zeroshot4grounding" / "mr.json", [mecovqa_row(segment, f"<SEG><mask>{tag}</mask>")])
+    put(root / "statistics.json", {"no": "conversations"})
     put(tmp_path / "secret.png", {})
     return root
 
@@ -94,6 +95,7 @@ def test_mecovqa_all_three_kinds_and_splits(mecovqa):
     ]
     assert [r.split for r in read("mecovqa", mecovqa, split="zeroshot")] == ["zeroshot"]
     assert len(read("mecovqa", mecovqa)) == 9
+    assert "no image named" not in read("mecovqa", mecovqa, split="test").report.counts["dropped"]
     with pytest.raises(InputError, match=r"No MeCoVQA file of split 'val'.*train/complex"):
         read("mecovqa", mecovqa, split="val")
 
@@ -423,6 +425,7 @@ def test_coco_has_a_record_per_image_and_category(coco):
     }
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 def test_polygons_agree_with_pycocotools_but_for_the_outline():
     rng = np.random.default_rng(0)
     for _ in range(30):

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from medplib.data.files import ImageFile
 from medplib.data.names import modality_of, spoken
 from medplib.data.questions import present_answer
-from medplib.data.readers.common import Listing, Store, build, find_files, image_store, of_split, open_store
+from medplib.data.readers.common import Listing, Store, build, find_files, image_store, of_split
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
@@ -204,7 +204,7 @@ def _index(
     found, categories = _Found(), {}
     ending = file.stem.split("_")[-1]  # of instances_train2017.json
     near = ("images", f"images/{ending}", ending)
-    store = image_store(file, _images(file), near) if folder is None else open_store(folder)
+    store = image_store(file, _images(file), near, folder)
     listing = Listing(store)
     for key, at, row in scan_json(file, inside=("images", "annotations", "categories")):
         if key not in ("images", "annotations", "categories") or not isinstance(row, dict):

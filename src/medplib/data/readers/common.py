@@ -6,7 +6,7 @@ import itertools
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,11 @@ class Store:
             return File(os.path.join(self.path, name))
         return File(self.path, posixpath.normpath(self.prefix + name))
 
-    def names(self) -> Iterator[str]:
-        """All files of a zip below the prefix, or all files below a folder, as names in this store."""
-        if self.prefix is not None:
-            for name in archive_at(self.path).names():
-                if name.startswith(self.prefix):
-                    yield name[len(self.prefix) :]
-            return
-        for folder, folders, files in os.walk(self.path):
-            folders.sort()
-            base = Path(folder).relative_to(self.path).as_posix()
-            yield from (name if base == "." else f"{base}/{name}" for name in sorted(files))
+    def below(self, folder: str) -> Store:
+        """The store at a folder in this one; itself for ""."""
+        if self.prefix is None:
+            return Store(os.path.join(self.path, folder) if folder else self.path)
+        return Store(self.path, f"{self.prefix}{folder}/" if folder else self.prefix)
 
     def __str__(self) -> str:
         return self.path if not self.prefix else f"{self.path}!{self.prefix}"
@@ -188,17 +182,23 @@ def of_split(files: Sequence[Path], split: str | None, what: str) -> list[tuple[
     return chosen
 
 
-def image_store(path: Path, names: Iterable[str], folders: Sequence[str]) -> Store:
-    """Where the images are: the one of `folders` near the annotation file `path` that holds most of `names`.
+def image_store(
+    path: Path, names: Iterable[str], folders: Sequence[str], given: str | os.PathLike | None = None
+) -> Store:
+    """Where the images are: the one of `folders` that holds most of `names`, of which 20 are looked at.
 
-    Looked at are the file's folder and the two above it, the first 20 names alone. Falls back to the file's
-    own folder, whose rows are then reported as missing.
+    The folders are looked for in `given`, a folder or zip, else in the folder of the annotation file `path`
+    and the two above it. Falls back to the first of these, whose rows are then reported as missing.
     """
     names = list(itertools.islice(names, 20))
-    roots = [path.parent, path.parent.parent, path.parent.parent.parent]
-    places = [root / folder for root in roots for folder in ("", *folders)]
-    hits = [sum((place / name).is_file() for name in names) for place in places]
-    return Store(str(places[hits.index(max(hits))].resolve()))
+    if given is not None:
+        roots = [open_store(given)]
+    else:
+        above = (path.parent, path.parent.parent, path.parent.parent.parent)
+        roots = [Store(str(folder.resolve())) for folder in above]
+    places = [root.below(folder) for root in roots for folder in ("", *folders)]
+    hits = [sum(place.file(name).exists() for name in names) for place in places]
+    return places[hits.index(max(hits))]
 
 
 # ------------------------------------------------------------------------------------------ texts

@@ -24,7 +24,6 @@ from medplib.data.readers.common import (
     find_files,
     image_store,
     index,
-    open_store,
     pair_up,
     split_of,
     with_suffix,
@@ -36,6 +35,7 @@ from medplib.data.rows import scan_json
 from medplib.errors import InputError
 
 KINDS = ("complex", "region", "grounding")
+ZEROSHOT = "zeroshot4grounding"
 _REGION = re.compile(r"((?:<region>\s*)+)([^<>]*?)((?:\s*</region>)+)")
 _MASK = re.compile(r"((?:<SEG>\s*)*)((?:<mask>\s*)+)([^<>]*?)((?:\s*</mask>)+)")
 
@@ -65,12 +65,8 @@ def read_mecovqa(
     """
     if kind is not None and kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)} or None, got {kind!r}.")
-    patterns = ("*.json", "train/*.json", "test/*.json", "zeroshot4grounding/*.json", "*/MeCoVQA*.json")
-    named = [
-        (file, _split(file, Path(path)))
-        for file in find_files(path, patterns, "MeCoVQA")
-        if not file.name.startswith("SAMed2D")
-    ]
+    patterns = [f"{folder}*.json" for folder in ("MeCoVQA", "*/MeCoVQA", "train/", "test/", f"{ZEROSHOT}/")]
+    named = [(file, _split(file, Path(path))) for file in find_files(path, patterns, "MeCoVQA")]
     chosen = [(file, name) for file, name in named if split in (None, name) and kind in (None, _kind(file))]
     if not chosen:
         there = ", ".join(sorted({f"{name}/{_kind(file)}" for file, name in named}))
@@ -79,7 +75,7 @@ def read_mecovqa(
         )
     report, parts = ReadReport(), []
     for file, name in chosen:
-        store = image_store(file, _images(file), ()) if images is None else open_store(images)
+        store = image_store(file, _images(file), (), images)
         listing = Listing(store)
         rows, kept = index(file, lambda row, listing=listing: _check(row, listing, report), report)
         parts.append((rows, kept, MecovqaRow(store, name, _kind(file), _class_names(store))))
@@ -185,14 +181,14 @@ def _check(row: Any, listing: Listing, report: ReadReport) -> None:
 
 
 def _kind(file: Path) -> str | None:
-    if file.parent.name == "zeroshot4grounding":
+    if file.parent.name == ZEROSHOT:
         return "grounding"
     return next((kind for kind in KINDS if kind in file.name.lower()), None)
 
 
 def _split(file: Path, root: Path) -> str | None:
     """ "zeroshot", what the names say, or the folder's name below the data set's."""
-    if file.parent.name == "zeroshot4grounding":
+    if file.parent.name == ZEROSHOT:
         return "zeroshot"
     return split_of(file) or (None if root in (file, file.parent) else file.parent.name)
 

@@ -17,7 +17,6 @@ from medplib.data.readers.common import (
     build,
     image_store,
     index,
-    open_store,
 )
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
@@ -84,11 +83,7 @@ def read_vqa(
     """The records of JSON or CSV files (path, split), whose pictures are in one of `folders` near them."""
     report, parts = ReadReport(), []
     for file, split in files:
-        store = (
-            open_store(images)
-            if images is not None
-            else image_store(file, _images(file, parse, table), folders)
-        )
+        store = image_store(file, _images(file, parse, table), folders, images)
         listing = Listing(store)
         rows, kept = index(
             file, lambda row, listing=listing: _check(parse(row), listing, report), report, table
