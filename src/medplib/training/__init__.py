@@ -1,7 +1,7 @@
 """Training: recipes, stages one after another, snapshots that survive; and how medplib-tiny was trained.
 
-    from medplib.training import load_recipe, train
-    train(load_recipe("tiny", {"out": "runs/mine"}))
+from medplib.training import load_recipe, train
+train(load_recipe("tiny", {"out": "runs/mine"}))
 """
 
 from importlib import import_module

@@ -56,11 +56,16 @@ class TrainingData(Dataset):
         records = source.draw(self.seed, place.epoch, place.index) if drawn else [source[place.position]]
         items = []
         for record in records:
-            name, row = (place.source, place.position) if record.source == "unknown" else (record.source, record.row)
+            name, row = (
+                (place.source, place.position) if record.source == "unknown" else (record.source, record.row)
+            )
             try:
                 sample = record.to_sample()
                 if self.augment is not None and not drawn:
-                    sample = self.augment(sample, seed=self.seed, epoch=place.epoch, index=place.index)
+                    sample = self.augment(
+                        sample, seed=self.seed, epoch=place.epoch, index=place.index, modality=record.modality,
+                        labels=record.labels,
+                    )  # fmt: skip
             except InputError as error:
                 raise InputError(f"Row {row} of {name} cannot be used: {error}") from error
             items.append(Item(sample, record.task, name, row))
@@ -136,7 +141,9 @@ class StepBatches:
                 rows = sorted(rows, key=self.data.length)
             batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
             if self.grouping:
-                mixed = keyed_rng("groups", self.order.key, self.order.seed, epoch, begin).permutation(len(batches))
+                mixed = keyed_rng("groups", self.order.key, self.order.seed, epoch, begin).permutation(
+                    len(batches)
+                )
                 batches = [batches[i] for i in mixed]
             yield from batches[max(0, first - begin) :]
 
@@ -192,7 +199,9 @@ def steps_of(records: int, batch_size: int, epochs: float, steps: int | None) ->
     return (steps or max(1, round(epochs * per_epoch))), per_epoch
 
 
-def order_for(records: Mapping[str, Any], weights: Mapping[str, float | None], key: str, seed: int, per_epoch: int):
+def order_for(
+    records: Mapping[str, Any], weights: Mapping[str, float | None], key: str, seed: int, per_epoch: int
+):
     """The Order of a stage over opened sources."""
     lengths = {name: len(source) for name, source in records.items()}
     return Order(lengths, weights, seed=seed, per_epoch=int(np.int64(per_epoch)), key=key)

@@ -43,7 +43,14 @@ from medplib.training.starts import start_model
 from medplib.training.trainer import StageTrainer, arguments
 from medplib.training.watch import Watch
 
-_SAME_RUN = ("stage", "data", "start", "mixture", "order", "frozen")  # what a snapshot must share with its run
+_SAME_RUN = (
+    "stage",
+    "data",
+    "start",
+    "mixture",
+    "order",
+    "frozen",
+)  # what a snapshot must share with its run
 
 
 @dataclass
@@ -141,7 +148,12 @@ def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
 
 
 def prepare_stage(
-    recipe: Recipe, name: str, sources: Mapping[str, Any] | None = None, *, start: int = 0, world: int | None = None
+    recipe: Recipe,
+    name: str,
+    sources: Mapping[str, Any] | None = None,
+    *,
+    start: int = 0,
+    world: int | None = None,
 ) -> Prepared:
     """Load the stage's model, open and close its parts, open its data. Changes nothing on disk."""
     stage = recipe.stage(name)
@@ -153,7 +165,7 @@ def prepare_stage(
     count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
     steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
     order = order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size)
-    data = TrainingData(records, stage.seed, _augmentation(recipe))
+    data = TrainingData(records, stage.seed, augmentation(recipe))
     batches = StepBatches(
         data, order, batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
         rank=rank, world=world, grouping=recipe.length_grouping,
@@ -191,7 +203,9 @@ def staged_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str], Pa
     return model, origin, table
 
 
-def finish_stage(recipe: Recipe, prepared: Prepared, trainer: StageTrainer, final: Path, routing: Any) -> None:
+def finish_stage(
+    recipe: Recipe, prepared: Prepared, trainer: StageTrainer, final: Path, routing: Any
+) -> None:
     """Merge LoRA and write the model, after closed tensors were found unchanged, in memory and in the file."""
     state = None
     if trainer.is_fsdp_enabled:
@@ -223,17 +237,21 @@ def loss_config(stage: Stage) -> LossConfig:
     given = {k: v for k, v in stage.loss_weights.items() if k in known}
     unknown = set(stage.loss_weights) - known - {"balance"}
     if unknown:
-        raise InputError(f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are {', '.join(known)}, balance.")
+        raise InputError(
+            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are {', '.join(known)}, balance."
+        )
     return LossConfig(**{**dict.fromkeys(known, 0.0), **given})
 
 
-def _augmentation(recipe: Recipe) -> Any:
+def augmentation(recipe: Recipe) -> Any:
     if recipe.augment is None:
         return None
     try:
         from medplib.data.transforms import Augmentation
     except ImportError as error:
-        raise InputError("augment needs medplib.data.transforms, which this version lacks; leave it out.") from error
+        raise InputError(
+            "augment needs medplib.data.transforms, which this version lacks; leave it out."
+        ) from error
     try:
         return Augmentation(**recipe.augment)
     except TypeError as error:

@@ -32,7 +32,9 @@ class Frozen:
         digests: dict[str, hashlib._Hash] = {}
         for name in sorted(self.hashes):
             if name not in self.adapted:
-                digests.setdefault(self.parts.get(name, "other"), hashlib.sha256()).update(self.hashes[name].encode())
+                digests.setdefault(self.parts.get(name, "other"), hashlib.sha256()).update(
+                    self.hashes[name].encode()
+                )
         return {part: digest.hexdigest()[:12] for part, digest in digests.items()}
 
     @property
@@ -72,7 +74,11 @@ def closed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         own = list(module.named_parameters(recurse=False))
         closed = [(name, p) for name, p in own if not p.requires_grad]
         if len(closed) == len(own) and own:
-            closed += [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+            closed += [
+                (n, b)
+                for n, b in module.named_buffers(recurse=False)
+                if n not in module._non_persistent_buffers_set
+            ]
         for name, tensor in closed:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -90,7 +96,9 @@ def sha256(tensor: Tensor) -> str:
 
 def _owners(model: nn.Module) -> dict[str, str]:
     """{tensor name: the smallest part that holds it}."""
-    parts = {name: {id(m) for root in roots for m in root.modules()} for name, roots in module_parts(model).items()}
+    parts = {
+        name: {id(m) for root in roots for m in root.modules()} for name, roots in module_parts(model).items()
+    }
     order = sorted(parts, key=lambda name: -len(parts[name]))
     owners = {}
     for path, module in model.named_modules():

@@ -77,12 +77,18 @@ class StageChanges:
         """The Stage called `name`. Raises InputError or UnknownNameError."""
         base = self.base or name
         if base not in STAGES:
-            raise _unknown(f"stages.{name} is no published stage; say which one it changes in base.", base, STAGES)
+            raise _unknown(
+                f"stages.{name} is no published stage; say which one it changes in base.", base, STAGES
+            )
         own = {f.name for f in fields(Stage)}
         given = {k: v for k, v in vars(self).items() if k in own and v is not None}
         if "lora" in given:
             given["lora"] = {
-                part: _build(LoRA, {"dropout": 0.05, **_mapping(v, f"stages.{name}.lora.{part}")}, f"stages.{name}.lora.{part}")
+                part: _build(
+                    LoRA,
+                    {"dropout": 0.05, **_mapping(v, f"stages.{name}.lora.{part}")},
+                    f"stages.{name}.lora.{part}",
+                )
                 for part, v in given["lora"].items()
             }
         return dataclasses.replace(STAGES[base], name=name, **given)
@@ -182,7 +188,9 @@ class Recipe:
         """{expert: stage it comes from} of a stage that begins by making a mixture, else empty."""
         changes = self.stages[name]
         if changes.experts is None:
-            return dict(PUBLISHED_EXPERTS) if (changes.base or name) == "mixture" and not changes.start else {}
+            return (
+                dict(PUBLISHED_EXPERTS) if (changes.base or name) == "mixture" and not changes.start else {}
+            )
         return {str(k): str(v) for k, v in changes.experts.items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,7 +204,9 @@ def shipped_recipes() -> list[str]:
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None, stages: str | None = None) -> Recipe:
+def load_recipe(
+    name: str | Path, changes: Mapping[str, Any] | None = None, stages: str | None = None
+) -> Recipe:
     """A shipped recipe's name or a YAML file -> Recipe.
 
     changes: {dotted key: value}, such as {"stages.vqa.steps": 20}; the text of a value is read as YAML.
@@ -206,7 +216,9 @@ def load_recipe(name: str | Path, changes: Mapping[str, Any] | None = None, stag
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InputError(f"The recipe {str(name)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"The recipe {str(name)!r} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(content, dict):
         raise InputError(f"The recipe {str(name)!r} must be a YAML mapping such as 'model: medplib-tiny'.")
     for key, value in (changes or {}).items():
@@ -227,7 +239,7 @@ def make_recipe(content: Mapping[str, Any] | Recipe) -> Recipe:
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """"key=value" of the command line -> (dotted key, value). Raises InputError."""
+    """ "key=value" of the command line -> (dotted key, value). Raises InputError."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"--set needs key=value, such as --set stages.vqa.steps=20; got {text!r}.")
@@ -258,7 +270,9 @@ def _set(content: dict, key: str, value: Any) -> None:
             place[step] = {}
         place = place[step]
         if not isinstance(place, dict):
-            raise InputError(f"{key}: {'.'.join(path[: i + 1])} is {place!r:.40}, which has nothing inside to set.")
+            raise InputError(
+                f"{key}: {'.'.join(path[: i + 1])} is {place!r:.40}, which has nothing inside to set."
+            )
     if isinstance(place.get(last), dict) and not isinstance(value, dict | None):
         raise InputError(f"{key} is a table of {', '.join(map(str, place[last]))}; set one of those.")
     place[last] = value
@@ -273,7 +287,11 @@ def _build(cls: type, value: Any, where: str) -> Any:
     for key in table:
         if key not in known:
             raise _unknown(f"The recipe has no setting '{prefix}{key}'.", str(key), known)
-    missing = [k for k, f in known.items() if k not in table and f.default is f.default_factory is dataclasses.MISSING]
+    missing = [
+        k
+        for k, f in known.items()
+        if k not in table and f.default is f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise InputError(f"{where or 'The recipe'} needs {', '.join(missing)}.")
     given = {k: _number(known[k].type, v, f"{prefix}{k}") for k, v in table.items()}

@@ -71,15 +71,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = dict(content["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{str(folder)!r} has no readable {MANIFEST} ({error!r}); it is not complete.") from error
+        raise CheckpointError(
+            f"{str(folder)!r} has no readable {MANIFEST} ({error!r}); it is not complete."
+        ) from error
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{str(folder)!r} has format {content.get('format')!r}, this version reads {FORMAT}.")
+        raise CheckpointError(
+            f"{str(folder)!r} has format {content.get('format')!r}, this version reads {FORMAT}."
+        )
     present = {p.relative_to(folder).as_posix() for p in _files(folder)} - {MANIFEST}
     for name in sorted(present ^ set(files)):
-        raise CheckpointError(f"{str(folder)!r}: {name} is {'missing' if name in files else 'not in the manifest'}.")
+        raise CheckpointError(
+            f"{str(folder)!r}: {name} is {'missing' if name in files else 'not in the manifest'}."
+        )
     for name, digest in files.items():
         if _hash(folder / name) != digest:
-            raise CheckpointError(f"{str(folder / name)!r} is not the file that was written: its SHA-256 differs.")
+            raise CheckpointError(
+                f"{str(folder / name)!r} is not the file that was written: its SHA-256 differs."
+            )
     return content
 
 
@@ -99,7 +107,11 @@ def newest(run: Path) -> Path | None:
 
 def steps(run: Path) -> list[Path]:
     """The snapshot folders of a run, complete or not, by step."""
-    return sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir()) if run.is_dir() else []
+    return (
+        sorted(p for p in run.glob("step-*") if _STEP.fullmatch(p.name) and p.is_dir())
+        if run.is_dir()
+        else []
+    )
 
 
 def prune(run: Path, keep: int) -> None:
@@ -151,7 +163,9 @@ def _is_disk_error(error: Exception) -> bool:
     """An OSError, or what torch and safetensors make of one."""
     text = str(error)
     return isinstance(error, OSError) or bool(
-        re.search(r"No space left|Read-only file system|PytorchStreamWriter|os error|I/O error|iostream", text)
+        re.search(
+            r"No space left|Read-only file system|PytorchStreamWriter|os error|I/O error|iostream", text
+        )
     )
 
 

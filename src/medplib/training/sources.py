@@ -1,7 +1,7 @@
 """Where a stage's records come from, and in which order: keyed by (seed, epoch, index), whatever ran before.
 
-    order = Order({"slake": 7000, "vqa_rad": 1800}, {"slake": 1.0, "vqa_rad": 1.0}, seed=42, per_epoch=4000)
-    order.epoch(0)     # 4000 (source, position) pairs, half of them from each
+order = Order({"slake": 7000, "vqa_rad": 1800}, {"slake": 1.0, "vqa_rad": 1.0}, seed=42, per_epoch=4000)
+order.epoch(0)     # 4000 (source, position) pairs, half of them from each
 """
 
 from __future__ import annotations
@@ -100,8 +100,15 @@ class MiniQuestions:
             regions = tuple(Held(p.mask) if isinstance(p, Mask) else p for p in q.prompts)
             records.append(
                 Record(
-                    ((question, q.answer),), image, regions, tuple(Held(m) for m in q.masks), "mini",
-                    index, item.modality, split=self.split, labels=q.names,
+                    ((question, q.answer),),
+                    image,
+                    regions,
+                    tuple(Held(m) for m in q.masks),
+                    "mini",
+                    index,
+                    item.modality,
+                    split=self.split,
+                    labels=q.names,
                 )  # fmt: skip
             )
         return records
@@ -109,7 +116,9 @@ class MiniQuestions:
     @property
     def fingerprint(self) -> str:
         """Changes with the mini set's index and these settings."""
-        content = (default_mini_root() / INDEX).read_bytes() + json.dumps(self.settings, sort_keys=True).encode()
+        content = (default_mini_root() / INDEX).read_bytes() + json.dumps(
+            self.settings, sort_keys=True
+        ).encode()
         return hashlib.sha256(content).hexdigest()
 
 
@@ -120,7 +129,9 @@ def _task_shares(tasks: Mapping[str, float] | Sequence[str]) -> dict[str, float]
         return {str(k): float(v) for k, v in tasks.items()}
     unknown = [t for t in tasks if t not in MINI_TASKS]
     if unknown or not tasks:
-        raise InputError(f"options.tasks of the mini set may hold {', '.join(MINI_TASKS)}; got {list(tasks)}.")
+        raise InputError(
+            f"options.tasks of the mini set may hold {', '.join(MINI_TASKS)}; got {list(tasks)}."
+        )
     return {kind: share / len(tasks) for t in tasks for kind, share in MINI_TASKS[t].items()}
 
 
@@ -137,7 +148,9 @@ def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
             raise InputError(f"data.{name}.path is missing; name the folder of the data set.")
         return read(source.reader, Path(source.path).expanduser(), split=source.split, **source.options)
     except TypeError as error:
-        raise InputError(f"data.{name}: the options do not fit the reader '{source.reader}': {error}") from error
+        raise InputError(
+            f"data.{name}: the options do not fit the reader '{source.reader}': {error}"
+        ) from error
 
 
 def fingerprint(records: Sequence[Record] | Drawn) -> str:
@@ -170,7 +183,9 @@ class Order:
     ) -> None:
         empty = [name for name, length in lengths.items() if length < 1]
         if empty or not lengths:
-            raise InputError(f"The data source {', '.join(empty) or '(none)'} has no records; check its path and split.")
+            raise InputError(
+                f"The data source {', '.join(empty) or '(none)'} has no records; check its path and split."
+            )
         self.names, self.lengths, self.seed, self.key = tuple(lengths), dict(lengths), seed, key
         self.per_epoch = per_epoch or sum(lengths.values())
         shares = np.array([weights.get(n) or lengths[n] for n in self.names], dtype=float)
@@ -187,7 +202,9 @@ class Order:
     def epoch(self, number: int) -> list[tuple[str, int]]:
         """The (source, position) pairs of an epoch, shuffled."""
         pairs = [
-            (name, self._position(name, number * count + k)) for name, count in self.counts.items() for k in range(count)
+            (name, self._position(name, number * count + k))
+            for name, count in self.counts.items()
+            for k in range(count)
         ]
         mixed = keyed_rng("order", self.key, self.seed, number).permutation(len(pairs))
         return [pairs[i] for i in mixed]

@@ -40,7 +40,9 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     source: str | Path = changes.start or (before[-1] if before else recipe.model)
     folder = _stage_model(out, str(source), names)
     if folder is None and str(source) in names:
-        raise InputError(f"Stage '{name}' starts from '{source}', which is not finished in {str(out)!r}; train it first.")
+        raise InputError(
+            f"Stage '{name}' starts from '{source}', which is not finished in {str(out)!r}; train it first."
+        )
     first = folder is None
     model = MedPLIB.from_pretrained(
         folder or source, **(recipe.load if first else {}), dtype=getattr(torch, recipe.dtype)

@@ -48,7 +48,9 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.batches, self.watch, self.folder, self.keep, self.facts = batches, watch, folder, keep, facts
         self.workers = workers
-        self._divides = not hasattr(self, "loss_is_scaled_for_ga")  # older versions divide by the accumulation
+        self._divides = not hasattr(
+            self, "loss_is_scaled_for_ga"
+        )  # older versions divide by the accumulation
         self.loss_is_scaled_for_ga = True
         self._sums = torch.zeros(len(_ROWS), 2, device=args.device)  # of value x count, and of count
         self._window: list[dict[str, Any]] = []
@@ -71,7 +73,9 @@ class StageTrainer(Trainer):
         counts = torch.tensor([_counts(batch) for batch in window], dtype=torch.float64)  # (forwards, 3)
         total = counts.sum(0)
         if self.args.world_size > 1:
-            total = self.accelerator.reduce(total.to(torch.float32).to(self.args.device), "sum").double().cpu()
+            total = (
+                self.accelerator.reduce(total.to(torch.float32).to(self.args.device), "sum").double().cpu()
+            )
         shares = counts[:, :2] / total[:2].clamp(min=1) * self.args.world_size
         for batch, share, count in zip(window, shares.tolist(), counts.tolist(), strict=True):
             batch["shares"], batch["counts"] = share, count
@@ -91,7 +95,7 @@ class StageTrainer(Trainer):
         scale = {name: masks for name in MASK_TERMS} | {"ce": ce, "balance": 1 / len(self._window)}
         loss = sum(weights[name] * scale[name] * value for name, value in outputs.losses.items())
         if not bool(torch.isfinite(loss)):
-            self._not_finite("loss", {k: float(v) for k, v in outputs.losses.items()})
+            self._not_finite("loss", {k: v.item() for k, v in outputs.losses.items()})
         self._note(outputs, inputs["labels"], tasks, counts)
         if self._divides:
             loss = loss * self.current_gradient_accumulation_steps
@@ -114,17 +118,25 @@ class StageTrainer(Trainer):
     def _clip_grad_norm(self, model):
         """The norm before clipping. Raises MedPLIBError, the batch saved, where a gradient is not finite."""
         norm = super()._clip_grad_norm(model)
-        if self.accelerator.scaler is None and norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+        if (
+            self.accelerator.scaler is None
+            and norm is not None
+            and not bool(torch.isfinite(torch.as_tensor(norm)))
+        ):
             self._not_finite("gradient", {"norm": float(norm)})
         return norm
 
     def _not_finite(self, what: str, values: dict[str, float]) -> None:
-        save_bad_batch(self.folder, self.state.global_step + 1, self._window, what, values, self.args.process_index)
+        save_bad_batch(
+            self.folder, self.state.global_step + 1, self._window, what, values, self.args.process_index
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's numbers, with the mean of every term and task since the last line, over all processes."""
         if "loss" in logs:
-            sums = self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums.clone()
+            sums = (
+                self.accelerator.reduce(self._sums, "sum") if self.args.world_size > 1 else self._sums.clone()
+            )
             self._sums.zero_()
             names = [f"loss_{name}" for name in TERMS] + list(_ROWS[len(TERMS) : -1])
             means = {n: (s / c).item() for n, (s, c) in zip(names, sums[:-1], strict=True) if c > 0}
@@ -210,10 +222,14 @@ def load_trained(model: nn.Module, path: Path) -> None:
         own[name].data.copy_(value)
 
 
-def arguments(recipe: Recipe, stage: Stage, model: nn.Module, batches: StepBatches, folder: Path) -> TrainingArguments:
+def arguments(
+    recipe: Recipe, stage: Stage, model: nn.Module, batches: StepBatches, folder: Path
+) -> TrainingArguments:
     """The stage as transformers' TrainingArguments: AdamW, warm-up over a share of one epoch, linear decay to 0."""
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing = (
+        "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    )
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": batches.steps,
@@ -251,9 +267,15 @@ def arguments(recipe: Recipe, stage: Stage, model: nn.Module, batches: StepBatch
             "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer],
             "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT",
         }}  # fmt: skip
-    if recipe.device != "cpu" and not torch.cuda.is_available() and torch.backends.mps.is_available() is False:
+    if (
+        recipe.device != "cpu"
+        and not torch.cuda.is_available()
+        and torch.backends.mps.is_available() is False
+    ):
         settings["use_cpu"] = True
     try:
         return TrainingArguments(**settings)
     except (ImportError, ValueError) as error:
-        raise InputError(f"Stage '{stage.name}' cannot be trained here: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"Stage '{stage.name}' cannot be trained here: {' '.join(str(error).split())}"
+        ) from error

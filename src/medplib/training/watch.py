@@ -1,5 +1,4 @@
-"""Watching a run: log.jsonl always, progress with the time left, pictures of answers, and the batch that broke it.
-"""
+"""Watching a run: log.jsonl always, progress with the time left, pictures of answers, and the batch that broke it."""
 
 from __future__ import annotations
 
@@ -144,6 +143,7 @@ def ask_all(model: nn.Module, records: Sequence[Record], precision: str = "fp32"
     """The model's answer to the first question of each record; its mode and all random numbers stay."""
     modes = {module: module.training for module in model.modules()}
     statistics = {router: router.statistics for router in named_routers(model).values()}
+    drawn = [(buffer, buffer.clone()) for router in statistics for buffer in router.buffers()]
     model.eval()
     for router in statistics:
         router.statistics = None  # asking is not training
@@ -153,6 +153,8 @@ def ask_all(model: nn.Module, records: Sequence[Record], precision: str = "fp32"
             samples = [first_question(record) for record in records]
             return [model.answer([sample])[0] for sample in samples]
     finally:
+        for buffer, before in drawn:
+            buffer.copy_(before)  # the published gating draws random numbers when it answers, too
         for router, counter in statistics.items():
             router.statistics = counter
         for module, mode in modes.items():
@@ -164,7 +166,12 @@ def first_question(record: Record) -> Sample:
     sample = record.to_sample()
     question = sample.turns[0][0]
     count = question.count("<region>")
-    return Sample(sample.images, [(question, None)], sample.prompts[:count], list(sample.prompt_images or [])[:count] or None)
+    return Sample(
+        sample.images,
+        [(question, None)],
+        sample.prompts[:count],
+        list(sample.prompt_images or [])[:count] or None,
+    )
 
 
 def answer_sheet(records: Sequence[Record], answers: Sequence[Any]) -> Any:
@@ -176,16 +183,28 @@ def answer_sheet(records: Sequence[Record], answers: Sequence[Any]) -> Any:
         question, right = record.turns[0]
         count = right.count("<SEG>")
         tiles.append(Tile(image, f"asked: {question}\nright: {right}", sample.masks[:count], sample.prompts))
-        tiles.append(Tile(image, f"answered: {answer.text}", [f.mask for f in answer.findings], sample.prompts))
+        tiles.append(
+            Tile(image, f"answered: {answer.text}", [f.mask for f in answer.findings], sample.prompts)
+        )
     return draw_tiles(tiles, columns=2)
 
 
 def _row(record: Record, answer: Any) -> dict[str, Any]:
-    return {"question": record.turns[0][0], "right": record.turns[0][1], "answer": answer.text, "masks": len(answer.findings)}
+    return {
+        "question": record.turns[0][0],
+        "right": record.turns[0][1],
+        "answer": answer.text,
+        "masks": len(answer.findings),
+    }
 
 
 def save_bad_batch(
-    folder: Path, step: int, window: Sequence[dict[str, Any]], what: str, values: dict[str, float], process: int
+    folder: Path,
+    step: int,
+    window: Sequence[dict[str, Any]],
+    what: str,
+    values: dict[str, float],
+    process: int,
 ) -> None:
     """Write the forwards of a step as batch-<n>.safetensors and batch.json, and raise MedPLIBError."""
     place = folder / f"not-finite-step-{step:08d}-process-{process}"
@@ -213,13 +232,17 @@ def _step_of(line: str) -> float:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return round(value, 8) if math.isfinite(value) else str(value)
+        return float(f"{value:.7g}") if math.isfinite(value) else str(value)
     return value
 
 
 def _line(row: dict[str, Any]) -> str:
     terms = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k == "loss" or k.startswith(("loss_", "ce_")))
-    left = time.strftime("%H:%M:%S", time.gmtime(row["eta_s"])) if row["eta_s"] < 86400 else f"{row['eta_s'] / 86400:.1f} days"
+    left = (
+        time.strftime("%H:%M:%S", time.gmtime(row["eta_s"]))
+        if row["eta_s"] < 86400
+        else f"{row['eta_s'] / 86400:.1f} days"
+    )
     return (
         f"step {row['step']}/{row['max_steps']}  {terms}  lr {row['learning_rate']:.2e}  "
         f"{row['tokens_per_s']:.0f} tokens/s  {left} left"
