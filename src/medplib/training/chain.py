@@ -40,7 +40,7 @@ from medplib.training.snapshots import (
 )
 from medplib.training.sources import fingerprint, open_sources
 from medplib.training.starts import start_model
-from medplib.training.trainer import StageTrainer, arguments
+from medplib.training.trainer import StageTrainer, arguments, whole_state
 from medplib.training.watch import Watch
 
 _SAME_RUN = (
@@ -209,7 +209,7 @@ def finish_stage(
     """Merge LoRA and write the model, after closed tensors were found unchanged, in memory and in the file."""
     state = None
     if trainer.is_fsdp_enabled:
-        state = trainer.accelerator.get_state_dict(trainer.model)  # whole tensors, on the first process
+        state = whole_state(trainer.model)
     if trainer.args.should_save:
         if state is not None:  # the sharded model stays as it is; the whole one is built once more
             model = staged_model(recipe, prepared.stage.name)[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -55,6 +56,24 @@ class StageTrainer(Trainer):
         self._sums = torch.zeros(len(_ROWS), 2, device=args.device)  # of value x count, and of count
         self._window: list[dict[str, Any]] = []
         self.add_callback(watch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also shard on CPUs: accelerate 1.15 drops the FSDP plugin there without a word and runs DDP."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args and not self.is_fsdp_enabled and self.args.world_size > 1:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            self.accelerator.state.distributed_type = DistributedType.FSDP
+            self.accelerator.state.fsdp_plugin = plugin
+            self.is_fsdp_enabled = True
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            # An expert that one process chose and another did not: both must send its gradient.
+            self.model.set_reduce_scatter_unused_params(True)
+        return prepared
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate: `batches` knows its process, and no global random number is drawn."""
@@ -199,6 +218,15 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(tensor, Tensor) and id(tensor) in trained and id(tensor) not in seen:
             seen.add(id(tensor))
             state[name] = tensor.detach().cpu().clone()
+    return state
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model sharded by FSDP2, its tensors made whole on the CPU; every process calls it."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        state[name] = whole.detach().cpu()
     return state
 
 
