@@ -2,16 +2,21 @@
 
 import errno
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+import training_run
 from safetensors.torch import load_file
+from training_run import recipe, records
 
 from medplib import MedPLIB
 from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, snapshots, trainer
 from medplib.training.chain import train
-from training_run import recipe, records
 
 NOISY = {"experts": ["grounding", "vqa"], "gate_args": {"noise": "gumbel", "bias_rate": 0.01, "seed": 3}}
 
@@ -257,3 +262,18 @@ def test_the_batch_counts_not_how_it_is_cut(tiny_folder, tmp_path):
         run(tiny_folder, tmp_path / str(micro), micro_batch=micro, stage={"lora": quiet, "steps": 3})
         losses.append([line["loss"] for line in log_lines(tmp_path / str(micro)) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_killed_with_signal_9_ends_as_if_nothing_had_happened(tiny_folder, tmp_path):
+    settings = {"stage": {"steps": 12}, "save_steps": 1, "log_steps": 100}
+    arguments = {"model": str(tiny_folder), "out": str(tmp_path / "killed"), **settings}
+    script = Path(training_run.__file__)
+    process = subprocess.Popen([sys.executable, script, json.dumps(arguments)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "killed" / "mixture" / "step-00000003").is_dir():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(tiny_folder, tmp_path / "killed", **settings)
+    run(tiny_folder, tmp_path / "whole", **settings)
+    models = [load_file(tmp_path / name / "mixture/model/model.safetensors") for name in ("killed", "whole")]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
