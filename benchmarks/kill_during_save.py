@@ -3,9 +3,9 @@
     python benchmarks/kill_during_save.py --kills 200
 
 Each attempt continues the same run (a snapshot after every step) and is killed: every other one at a random
-moment of its life, the others a random time after a snapshot or the final model began to be written. After each
-kill every snapshot folder is read in full. A run that reaches its end is compared, to the bit, with one that was
-never killed, and the next one begins. Attempts are forks of this process, so that none waits for imports.
+moment of its life, the others a random time after a snapshot or the final model began to be written. After
+each kill every snapshot folder is read in full. A run that reaches its end is compared, to the bit, with one
+that was never killed, and the next one begins. Attempts are forks of this process: none waits for imports.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from medplib.errors import CheckpointError
 from medplib.training import snapshots
 from medplib.training.chain import train
 
-STEPS = 24
+STEPS = 8
 
 
 def fork(out: Path) -> int:
@@ -105,7 +105,7 @@ def main() -> None:
     while counts["kills"] < options.kills:
         out = work / f"run-{number}"
         child, aimed = fork(out), counts["kills"] % 2 == 0
-        end = time.monotonic() + rng.uniform(0, length / 4)
+        end = time.monotonic() + rng.uniform(0, length * (0.7 if aimed else 1.0))
         ended = 0
         while not ended and not (time.monotonic() > end and (not aimed or staging(out))):
             time.sleep(0.0005)

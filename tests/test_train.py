@@ -1,4 +1,4 @@
-"""Training stages: what a run leaves behind, resume to the bit, logs, pictures, and errors that lose nothing."""
+"""Training stages: what a run leaves behind, resume to the bit, logs, pictures, errors."""
 
 import errno
 import json

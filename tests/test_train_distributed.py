@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_run import recipe, records
 
 from medplib.training.chain import train
-from training_run import recipe, records
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 STAGE = {
@@ -59,7 +59,13 @@ def losses(out):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strategy):
-    arguments = {"model": str(tiny_folder), "out": str(tmp_path), "micro_batch": 1, "stage": STAGE, "strategy": strategy}
+    arguments = {
+        "model": str(tiny_folder),
+        "out": str(tmp_path),
+        "micro_batch": 1,
+        "stage": STAGE,
+        "strategy": strategy,
+    }
     launch(arguments)
     one, two = losses(alone[0]), losses(tmp_path)
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
@@ -73,4 +79,6 @@ def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strat
     assert any("experts.grounding.up_proj" in key for key in moved)
     assert not any("experts.vqa" in key for key in moved)
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            found[key], value, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
+        )

@@ -44,7 +44,8 @@ def recipe(model, out, *, stage=None, **changes):
         "max_length": 512, "loss_weights": {"ce": 1.0, "dice": 0.5, "bce": 2.0},
     } | (stage or {})  # fmt: skip
     content = {
-        "model": str(model), "out": str(out), "micro_batch": 2, "device": "cpu", "log_steps": 1, "save_steps": 2,
+        "model": str(model), "out": str(out), "micro_batch": 2, "device": "cpu", "log_steps": 1,
+        "save_steps": 2,
         "data": {"some": {"reader": "memory"}}, "stages": {"mixture": mixture},
     } | changes  # fmt: skip
     return make_recipe(content)

@@ -16,12 +16,10 @@ from torch.utils.data import Dataset
 
 from medplib.conversation import REGION, SEG
 from medplib.data.record import TASKS, Record
-from medplib.data.samples import keyed_rng
 from medplib.errors import InputError
 from medplib.processing import MedPLIBProcessor, Sample
 from medplib.training.sources import Order
 
-GROUPED = 16  # optimiser steps whose samples are sorted by length together
 IMAGE_CHARACTERS = 2000  # what an image counts for beside the text, when samples are sorted by length
 
 
@@ -63,8 +61,8 @@ class TrainingData(Dataset):
                 sample = record.to_sample()
                 if self.augment is not None and not drawn:
                     sample = self.augment(
-                        sample, seed=self.seed, epoch=place.epoch, index=place.index, modality=record.modality,
-                        labels=record.labels,
+                        sample, seed=self.seed, epoch=place.epoch, index=place.index,
+                        modality=record.modality, labels=record.labels,
                     )  # fmt: skip
             except InputError as error:
                 raise InputError(f"Row {row} of {name} cannot be used: {error}") from error
@@ -105,7 +103,8 @@ class StepBatches:
         if batch_size % (micro_batch * world):
             raise InputError(
                 f"batch_size {batch_size} is no multiple of micro_batch {micro_batch} x {world} processes; "
-                f"take {math.ceil(batch_size / (micro_batch * world)) * micro_batch * world}, or another micro_batch."
+                f"take {math.ceil(batch_size / (micro_batch * world)) * micro_batch * world}, or change "
+                "micro_batch."
             )
         self.data, self.order, self.grouping = data, order, grouping
         self.batch_size, self.micro_batch, self.steps, self.start = batch_size, micro_batch, steps, start
@@ -130,22 +129,14 @@ class StepBatches:
                 step += 1
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[list[Place]]:
-        """The batches of all processes of an epoch, from its `first` step on."""
+        """The batches of all processes of an epoch, from its `first` step on.
+
+        Grouping sorts the samples within a step: forwards with little padding, and the same steps.
+        """
         places = [Place(epoch, i, *pair) for i, pair in enumerate(self.order.epoch(epoch))]
-        for begin in range(0, self.steps_per_epoch, GROUPED):
-            if begin + GROUPED <= first:
-                continue
-            end = min(begin + GROUPED, self.steps_per_epoch)
-            rows = places[begin * self.batch_size : end * self.batch_size]
-            if self.grouping:
-                rows = sorted(rows, key=self.data.length)
-            batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-            if self.grouping:
-                mixed = keyed_rng("groups", self.order.key, self.order.seed, epoch, begin).permutation(
-                    len(batches)
-                )
-                batches = [batches[i] for i in mixed]
-            yield from batches[max(0, first - begin) :]
+        for begin in range(first * self.batch_size, len(places), self.batch_size):
+            batch = places[begin : begin + self.batch_size]
+            yield sorted(batch, key=self.data.length) if self.grouping else batch
 
 
 class Collate:
@@ -178,7 +169,8 @@ class Collate:
                 masks = len(sample.masks) - answer.count(SEG)
                 prompts = len(sample.prompts) - question.count(REGION)
                 sample = replace(
-                    sample, turns=sample.turns[:-1], masks=sample.masks[:masks], prompts=sample.prompts[:prompts],
+                    sample, turns=sample.turns[:-1], masks=sample.masks[:masks],
+                    prompts=sample.prompts[:prompts],
                     prompt_images=None if sample.prompt_images is None else sample.prompt_images[:prompts],
                     seg_images=None if sample.seg_images is None else sample.seg_images[:masks],
                 )  # fmt: skip
@@ -187,14 +179,14 @@ class Collate:
                 sample = replace(sample, turns=[(question, kept)])
             else:
                 raise InputError(
-                    f"Row {item.row} of {item.source} takes {excess + self.max_length} tokens, which cannot be "
-                    f"shortened to max_length {self.max_length}; raise max_length or leave the row out."
+                    f"Row {item.row} of {item.source} takes {excess + self.max_length} tokens, which cannot "
+                    f"be shortened to max_length {self.max_length}; raise max_length or leave the row out."
                 )
         return sample
 
 
 def steps_of(records: int, batch_size: int, epochs: float, steps: int | None) -> tuple[int, int]:
-    """(optimiser steps in all, steps per epoch); the last step of an epoch is filled up with further records."""
+    """(optimiser steps in all, steps per epoch); an epoch's last step is filled up with further records."""
     per_epoch = math.ceil(records / batch_size)
     return (steps or max(1, round(epochs * per_epoch))), per_epoch
 

@@ -8,6 +8,7 @@ A stage that is finished is not done again, one that was stopped continues from 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 
 from medplib.configuration import LossConfig
 from medplib.data.record import Record
-from medplib.errors import CheckpointError, InputError, MedPLIBError
+from medplib.errors import CheckpointError, InputError
 from medplib.lora import merge_lora
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
@@ -102,6 +103,9 @@ def train(
         check_writable(out)
     for name in recipe.stages:
         recipe.sources(name)
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"report_to names {name!r}, which is not installed: pip install {name}")
     return [_run(recipe, name, out, sources, validation, progress, main) for name in recipe.stages]
 
 
@@ -176,7 +180,8 @@ def prepare_stage(
         "stage": _plain_stage(stage),
         "start": origin,
         "mixture": model.config.moe is not None,
-        "order": {"batch_size": stage.batch_size, "grouping": recipe.length_grouping, "samples": order.per_epoch,
+        "order": {"batch_size": stage.batch_size, "grouping": recipe.length_grouping,
+                  "samples": order.per_epoch,
                   "weights": order.counts, "augment": recipe.augment},
         "data": {key: fingerprint(r) for key, r in records.items()},
         "frozen": frozen.total,
@@ -206,7 +211,7 @@ def staged_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str], Pa
 def finish_stage(
     recipe: Recipe, prepared: Prepared, trainer: StageTrainer, final: Path, routing: Any
 ) -> None:
-    """Merge LoRA and write the model, after closed tensors were found unchanged, in memory and in the file."""
+    """Merge LoRA and write the model, after closed tensors were found unchanged, in memory and on disk."""
     state = None
     if trainer.is_fsdp_enabled:
         state = whole_state(trainer.model)
@@ -238,7 +243,8 @@ def loss_config(stage: Stage) -> LossConfig:
     unknown = set(stage.loss_weights) - known - {"balance"}
     if unknown:
         raise InputError(
-            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are {', '.join(known)}, balance."
+            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are "
+            f"{', '.join(known)}, balance."
         )
     return LossConfig(**{**dict.fromkeys(known, 0.0), **given})
 
@@ -286,8 +292,9 @@ def _check_same(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: P
                 [k for k in value if manifest[key].get(k) != value[k]]
                 if isinstance(value, dict) and isinstance(manifest.get(key), dict) else []
             )  # fmt: skip
+            which = f" ({', '.join(map(str, names))})" if names else ""
             raise CheckpointError(
-                f"{str(folder)!r} was made with another {key}{' (' + ', '.join(map(str, names)) + ')' if names else ''}. "
+                f"{str(folder)!r} was made with another {key}{which}. "
                 "Choose another out folder, or set it back."
             )
 
@@ -296,4 +303,4 @@ def _require_accelerate() -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError as error:
-        raise MedPLIBError('Training needs accelerate and peft: pip install "medplib[train]"') from error
+        raise ImportError('Training needs accelerate and peft: pip install "medplib[train]"') from error

@@ -68,7 +68,8 @@ class Page:
         sources = ", ".join(f"{name} {count}" for name, count in self.samples.items())
         lines = [
             str(self.table),
-            f"steps   {self.steps} of {self.stage.batch_size} samples; {self.steps_per_epoch} make an epoch ({sources})",
+            f"steps   {self.steps} of {self.stage.batch_size} samples; {self.steps_per_epoch} make an epoch "
+            f"({sources})",
             f"memory  {self.memory}",
             "first batch (what is learned stands in [brackets])",
             *(f"  {i}. {row}" for i, row in enumerate(self.rows)),
@@ -77,7 +78,7 @@ class Page:
 
 
 def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | None = None) -> list[Page]:
-    """A Page per stage. No weights are read and nothing is written; raises what the run itself would raise."""
+    """A Page per stage. No weights are read and nothing is written; raises what the run would raise."""
     recipe = make_recipe(recipe)
     pages, mixed = [], False
     folder = local_folder(recipe.model, _WITHOUT_WEIGHTS)
@@ -160,7 +161,7 @@ def estimate_memory(recipe: Recipe, stage: Stage, model: nn.Module, tokens: int,
 
 
 def read_back(batch: Mapping[str, Any], processor: MedPLIBProcessor) -> tuple[list[str], Image.Image]:
-    """The rows of a batch as words, and as a picture with targets and regions drawn, from its tensors alone."""
+    """The rows of a batch as words, and as a picture with targets and regions drawn, from tensors alone."""
     tokens, words, tiles = processor.config.tokens, [], []
     pictures = _pictures(batch, processor)
     images, masks, regions = (

@@ -60,15 +60,15 @@ class Frozen:
     def _compare(self, found: Mapping[str, str], except_for: set[str]) -> None:
         wrong = [k for k, v in self.hashes.items() if k not in except_for and found.get(k) != v]
         if wrong:
+            shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
             raise CheckpointError(
-                f"{len(wrong)} closed tensors are not what they were when the stage began: "
-                f"{', '.join(wrong[:5])}{', ...' if len(wrong) > 5 else ''}. Something outside the stage changed "
-                "them; the model was not written."
+                f"{len(wrong)} closed tensors are not what they were when the stage began: {shown}. "
+                "Something outside the stage changed them; the model was not written."
             )
 
 
 def closed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name without LoRA's wrapping, tensor) of each closed parameter and of the buffers beside closed ones."""
+    """(name without LoRA's wrapping, tensor) of each closed parameter and of the buffers beside one."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         own = list(module.named_parameters(recurse=False))

@@ -104,7 +104,7 @@ class Recipe:
 
     out                  folder of the run: one folder per stage with log.jsonl, snapshots, samples, model
     stages               {name: StageChanges}, in order
-    data, validation     {name: Source}; a stage takes those its `data` names; validation is asked, not learned
+    data, validation     {name: Source}; a stage takes those its `data` names; validation is only asked
     model, load          where it starts, and further arguments of MedPLIB.from_pretrained
     dense                a mixture as a dense start: the expert whose feed-forward blocks are taken
     mask_weights         a SAM or SAM-Med2D file for the mask side, read before the first stage
@@ -113,7 +113,7 @@ class Recipe:
     micro_batch          samples per forward and device; the stage's batch_size is over all devices and
                          accumulated forwards
     samples_per_epoch    by default all records of the stage's sources together
-    length_grouping      samples of like length share a batch, so that little of it is padding
+    length_grouping      samples of like length share a forward, so that little of it is padding
     augment              arguments of medplib.data.transforms.Augmentation, {} for its defaults; None: none
     gradient_checkpointing  compute activations twice, store them once per layer
     save_steps, keep     a snapshot each so many steps; how many are kept

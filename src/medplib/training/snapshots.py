@@ -1,4 +1,4 @@
-"""Folders that are complete or not there: written beside their place, hashed, and moved into it by one rename.
+"""Folders that are complete or not there: written beside their place, hashed, moved in by one rename.
 
     staging = begin(Path("run/vqa/step-00000500"))
     ...                                              # write files into `staging`
@@ -152,9 +152,9 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[None]:
             raise
         kept = newest(target.parent)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        left = f"the newest complete snapshot is {str(kept)!r}" if kept else "there is no snapshot before it"
         raise MedPLIBError(
-            f"{str(target)!r} could not be written ({reason}). Nothing that was there is lost: "
-            f"{'the newest complete snapshot is ' + repr(str(kept)) if kept else 'there is no snapshot before it'}. "
+            f"{str(target)!r} could not be written ({reason}). Nothing that was there is lost: {left}. "
             "Make room or choose another folder, then run the same command again."
         ) from error
 

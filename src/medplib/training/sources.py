@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,22 +68,14 @@ class MiniQuestions:
         removal: float = 0.0,
     ) -> None:
         from medplib.training.conversations import QuestionBatch
-        from medplib.training.labelled import LabelledImages
-        from medplib.training.tiny import SHARES
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
                          "table": table, "removal": removal}  # fmt: skip
-        samples = load_mini(split=split)
-        vocabulary: dict[str, set[str]] = {}
-        for s in [*samples, *(make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16))]:
-            for structure in s.structures:
-                vocabulary.setdefault(structure.name, set()).add(s.dataset)
         mix = _task_shares(tasks)
-        self.images = LabelledImages(
-            samples, dict(weights or SHARES), steps=1, batch_size=1, seed=0, table=table, removal=removal
-        )
+        shares = None if weights is None else tuple(sorted(weights.items()))
+        self.images, vocabulary, count = _mini_images(split, shares, table, removal)
         self.questions = QuestionBatch(None, QuestionMaker(vocabulary), mix, per_image)
-        self.per_image, self.length, self.split = per_image, per_epoch or len(samples), split
+        self.per_image, self.length, self.split = per_image, per_epoch or count, split
 
     def __len__(self) -> int:
         return self.length
@@ -109,7 +102,7 @@ class MiniQuestions:
                     item.modality,
                     split=self.split,
                     labels=q.names,
-                )  # fmt: skip
+                )
             )
         return records
 
@@ -120,6 +113,22 @@ class MiniQuestions:
             self.settings, sort_keys=True
         ).encode()
         return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float):
+    """The images of a split, read once for all sources; {structure: its data sets}; how many there are."""
+    from medplib.training.labelled import LabelledImages
+    from medplib.training.tiny import SHARES
+
+    samples = load_mini(split=split)
+    vocabulary: dict[str, set[str]] = {}
+    for s in [*samples, *(make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16))]:
+        for structure in s.structures:
+            vocabulary.setdefault(structure.name, set()).add(s.dataset)
+    weights = dict(shares) if shares else SHARES
+    images = LabelledImages(samples, weights, steps=1, batch_size=1, seed=0, table=table, removal=removal)
+    return images, vocabulary, len(samples)
 
 
 def _task_shares(tasks: Mapping[str, float] | Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The model a stage begins with: a folder, an earlier stage, a mixture of earlier stages, or a dense start."""
+"""The model a stage begins with: a folder, an earlier stage, a mixture of earlier stages, a dense start."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
         if changes.experts is not None or before:
             lacking = ", ".join(stage for expert, stage in experts.items() if not folders[expert])
             raise InputError(
-                f"Stage '{name}' makes its experts from {', '.join(experts.values())}, but {lacking} is neither "
-                f"before it nor finished in {str(out)!r}; train it first, or give stages.{name}.start a mixture."
+                f"Stage '{name}' makes its experts from {', '.join(experts.values())}, but {lacking} is "
+                f"neither before it nor finished in {str(out)!r}; train it first, or give "
+                f"stages.{name}.start a mixture."
             )
     source: str | Path = changes.start or (before[-1] if before else recipe.model)
     folder = _stage_model(out, str(source), names)
@@ -67,7 +68,7 @@ def _stage_model(out: Path, stage: str, known: Sequence[str]) -> Path | None:
 
 
 def make_mixture(recipe: Recipe, name: str, folders: Mapping[str, Path]) -> MedPLIB:
-    """The experts from the model of their name, the mask side from that of "grounding", all else from "vqa"."""
+    """Experts from the models of their names, the mask side from that of "grounding", the rest from "vqa"."""
     dtype = getattr(torch, recipe.dtype)
     sources = {expert: MedPLIB.from_pretrained(folder, dtype=dtype) for expert, folder in folders.items()}
     rest = "vqa" if "vqa" in sources else list(sources)[-1]
@@ -89,7 +90,7 @@ def make_mixture(recipe: Recipe, name: str, folders: Mapping[str, Path]) -> MedP
 
 
 def as_dense(model: MedPLIB, expert: str) -> MedPLIB:
-    """A mixture becomes, in place, the dense model with one expert's feed-forward blocks. Raises InputError."""
+    """A mixture becomes, in place, the dense model of one expert's feed-forward blocks. UnknownNameError."""
     routers = named_routers(model)
     for router in routers.values():
         router.index_of(expert)

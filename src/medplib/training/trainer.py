@@ -1,7 +1,7 @@
-"""transformers' Trainer, told what is ours: batches by step, losses by task, snapshots, and what must not move.
+"""transformers' Trainer, told what is ours: batches by step, losses by task, and snapshots.
 
-B rows, L tokens, V words. Everything that Trainer does well (accumulation, precision, clipping, schedule, DDP,
-FSDP2, DeepSpeed, the loop itself) is left to it.
+B rows, L tokens, V words. What Trainer does well (accumulation, precision, clipping, schedule, DDP, FSDP2,
+DeepSpeed, the loop itself) is left to it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MASK_TERMS = ("dice", "bce", "focal", "iou")
 class StageTrainer(Trainer):
     """Trains one stage.
 
-    The loss of a step is that of its whole batch: a mean over all its answer tokens, or all its masks, however
-    they are spread over forwards and processes.
+    The loss of a step is that of its whole batch: a mean over all its answer tokens, or all its masks,
+    however they are spread over forwards and processes.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class StageTrainer(Trainer):
         weights = dataclasses.asdict(config.losses)
         if "balance" in outputs.losses:
             weights["balance"] = config.moe.balance_loss_coef
-        scale = {name: masks for name in MASK_TERMS} | {"ce": ce, "balance": 1 / len(self._window)}
+        scale = dict.fromkeys(MASK_TERMS, masks) | {"ce": ce, "balance": 1 / len(self._window)}
         loss = sum(weights[name] * scale[name] * value for name, value in outputs.losses.items())
         if not bool(torch.isfinite(loss)):
             self._not_finite("loss", {k: v.item() for k, v in outputs.losses.items()})
@@ -222,7 +222,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model sharded by FSDP2, its tensors made whole on the CPU; every process calls it."""
+    """The state dict of a model sharded by FSDP2, made whole on the CPU; every process calls it."""
     state = {}
     for name, tensor in model.state_dict().items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -253,7 +253,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
 def arguments(
     recipe: Recipe, stage: Stage, model: nn.Module, batches: StepBatches, folder: Path
 ) -> TrainingArguments:
-    """The stage as transformers' TrainingArguments: AdamW, warm-up over a share of one epoch, linear decay to 0."""
+    """The stage as transformers' TrainingArguments: AdamW, warm-up, linear decay to 0."""
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     checkpointing = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -292,7 +292,8 @@ def arguments(
     if recipe.strategy == "fsdp2" and batches.world > 1 and not recipe.deepspeed:
         layer = type(decoder_layers(model.language_model)[0]).__name__
         settings |= {"fsdp": True, "fsdp_config": {
-            "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": [layer],
+            "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": [layer],
             "cpu_ram_efficient_loading": False, "state_dict_type": "SHARDED_STATE_DICT",
         }}  # fmt: skip
     if (

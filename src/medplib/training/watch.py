@@ -1,4 +1,4 @@
-"""Watching a run: log.jsonl always, progress with the time left, pictures of answers, and the batch that broke it."""
+"""Watching a run: log.jsonl, the time left, pictures of answers, the batch that broke it."""
 
 from __future__ import annotations
 
@@ -218,8 +218,8 @@ def save_bad_batch(
         (place / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     shown = ", ".join(f"{k} {v}" for k, v in values.items())
     raise MedPLIBError(
-        f"The {what} is not finite at step {step} ({shown}). The batch is in {str(place)!r}. Look at its rows, or "
-        "lower the learning rate; the same command continues from the newest snapshot."
+        f"The {what} is not finite at step {step} ({shown}). The batch is in {str(place)!r}. Look at its "
+        "rows, or lower the learning rate; the same command continues from the newest snapshot."
     )
 
 
