@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training_run import recipe, records
 
 from medplib import MedPLIB
+from medplib.data.record import Record
 from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, snapshots, trainer
 from medplib.training.chain import train
@@ -248,6 +249,19 @@ def test_bf16_weights_train_in_fp32_and_are_saved_as_bf16(tiny_folder, tmp_path)
     } == {torch.bfloat16}
     trained = load_file(snapshots.newest(tmp_path / "mixture") / trainer.TRAINED)
     assert trained["seg_projector.0.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, workers):
+    class Broken:
+        def load(self):
+            raise InputError("The image 'scan.png': it is cut off.")
+
+    rows = [*records(11), Record((("What?", "That."),), (Broken(),), row=11)]
+    with pytest.raises(
+        InputError, match=r"^Row 11 of some cannot be used: The image 'scan.png': it is cut off.$"
+    ):
+        train(recipe(tiny_folder, tmp_path, workers=workers), sources={"some": rows})
 
 
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_does(tiny_folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -82,3 +83,10 @@ def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strat
         torch.testing.assert_close(
             found[key], value, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
         )
+    if strategy == "fsdp2":  # stopped after step 2, continued from its shards
+        again = tmp_path / "again"
+        shutil.copytree(tmp_path, again, ignore=shutil.ignore_patterns("model", "step-00000003"))
+        launch({**arguments, "out": str(again)})
+        assert [line["step"] for line in losses(again)] == [1, 2, 3]
+        resumed = load_file(again / "mixture" / "model" / "model.safetensors")
+        assert all(torch.equal(value, resumed[key]) for key, value in found.items())

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from medplib.data.record import TASKS
-from medplib.errors import CheckpointError, InputError
+from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.language import decoder_layers
 from medplib.stages import Stage
 from medplib.training.batches import Collate, StepBatches
@@ -60,13 +60,19 @@ class StageTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Also shard on CPUs: accelerate 1.15 drops the FSDP plugin there without a word and runs DDP."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp_plugin_args and not self.is_fsdp_enabled and self.args.world_size > 1:
-            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
-            if self.accelerator.mixed_precision != "no":
-                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+        plugin_args = getattr(self.args, "fsdp_plugin_args", None)
+        if plugin_args and not self.is_fsdp_enabled and self.args.world_size > 1:
             self.accelerator.state.distributed_type = DistributedType.FSDP
-            self.accelerator.state.fsdp_plugin = plugin
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:  # autocast, as with DDP: batch norms and losses keep their float32
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate wraps the forward in autocast, but not that of a model sharded by FSDP2."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -88,7 +94,11 @@ class StageTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The forwards of one step, each told its part of the step's tokens and masks."""
-        window = [next(epoch_iterator) for _ in range(num_batches)]
+        try:
+            window = [next(epoch_iterator) for _ in range(num_batches)]
+        except MedPLIBError as error:  # from a loader process it comes with that one's traceback
+            last = str(error).strip().splitlines()[-1]
+            raise type(error)(last.partition("Error: ")[2] or last) from error
         counts = torch.tensor([_counts(batch) for batch in window], dtype=torch.float64)  # (forwards, 3)
         total = counts.sum(0)
         if self.args.world_size > 1:
