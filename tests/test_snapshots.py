@@ -95,7 +95,10 @@ def test_other_errors_than_the_disks_are_passed_on_and_the_staging_goes(tmp_path
     staging = begin(target)
     with pytest.raises(KeyError), snapshots.writing(target, staging):
         raise KeyError("x")
-    with pytest.raises(MedPLIBError, match=r"Quota.*no snapshot before it"), snapshots.writing(target):
+    with (
+        pytest.raises(MedPLIBError, match=r"Quota.*Nothing that was there is lost\."),
+        snapshots.writing(target),
+    ):
         raise OSError(122, "Quota exceeded")
     assert list(tmp_path.iterdir()) == []
 

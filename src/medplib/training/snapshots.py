@@ -152,9 +152,9 @@ def writing(target: Path, staging: Path | None = None) -> Iterator[None]:
             raise
         kept = newest(target.parent)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        left = f"the newest complete snapshot is {str(kept)!r}" if kept else "there is no snapshot before it"
+        left = f": the newest complete snapshot is {str(kept)!r}" if kept else ""
         raise MedPLIBError(
-            f"{str(target)!r} could not be written ({reason}). Nothing that was there is lost: {left}. "
+            f"{str(target)!r} could not be written ({reason}). Nothing that was there is lost{left}. "
             "Make room or choose another folder, then run the same command again."
         ) from error
 
