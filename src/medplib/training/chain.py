@@ -33,7 +33,7 @@ from medplib.training.snapshots import (
     begin,
     check_writable,
     clean,
-    is_complete,
+    manifest_of,
     newest,
     read_manifest,
     seal,
@@ -113,8 +113,8 @@ def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
     folder = out / name
     final = folder / "model"
     say = progress if main else None
-    if is_complete(final):
-        manifest = read_manifest(final)
+    manifest = manifest_of(final)
+    if manifest is not None:
         _check_same(manifest, {"stage": _plain_stage(recipe.stage(name))}, final)
         if say:
             say(f"stage {name}: done before, {final}")

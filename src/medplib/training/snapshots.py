@@ -91,13 +91,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What `read_manifest` gives, None where it would raise."""
+    try:
+        return read_manifest(folder)
+    except CheckpointError:
+        return None
+
+
 def is_complete(folder: Path) -> bool:
     """Whether `read_manifest` would succeed."""
-    try:
-        read_manifest(folder)
-    except CheckpointError:
-        return False
-    return True
+    return manifest_of(folder) is not None
 
 
 def newest(run: Path) -> Path | None:

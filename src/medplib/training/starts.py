@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from medplib.language import decoder_layers
 from medplib.loading import weights_sha256
 from medplib.modeling import MedPLIB
 from medplib.training.recipe import Recipe
-from medplib.training.snapshots import read_manifest
+from medplib.training.snapshots import MANIFEST, read_manifest
 
 MASK_SIDE = ("seg_projector", "mask_decoder", "prompt_encoder")
 
@@ -29,7 +31,7 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     if experts:
         folders = {expert: _stage_model(out, stage, before) for expert, stage in experts.items()}
         if all(folders.values()):
-            origin = {expert: weights_sha256(folder) for expert, folder in folders.items()}
+            origin = {expert: recorded_weights(folder) for expert, folder in folders.items()}
             return make_mixture(recipe, name, folders), origin
         if changes.experts is not None or before:
             lacking = ", ".join(stage for expert, stage in experts.items() if not folders[expert])
@@ -48,7 +50,7 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     model = MedPLIB.from_pretrained(
         folder or source, **(recipe.load if first else {}), dtype=getattr(torch, recipe.dtype)
     )
-    origin = {str(source): weights_sha256(model.source)}
+    origin = {str(source): weights_sha256(model.source) if first else recorded_weights(folder)}
     if first and recipe.dense is not None and model.config.moe is not None:
         model = as_dense(model, recipe.dense)
     if first and recipe.mask_weights is not None:
@@ -65,6 +67,13 @@ def _stage_model(out: Path, stage: str, known: Sequence[str]) -> Path | None:
         return None
     read_manifest(folder)
     return folder
+
+
+def recorded_weights(folder: Path) -> str:
+    """One hash over those of the weight files, from a manifest that was checked before."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    hashes = "".join(f"{name}{files[name]}" for name in sorted(files) if name.endswith(".safetensors"))
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def make_mixture(recipe: Recipe, name: str, folders: Mapping[str, Path]) -> MedPLIB:

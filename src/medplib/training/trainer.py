@@ -79,6 +79,8 @@ class StageTrainer(Trainer):
         if self.is_fsdp_enabled:
             # An expert that one process chose and another did not: both must send its gradient.
             self.model.set_reduce_scatter_unused_params(True)
+            # For sample pictures the mask side is called by itself, outside the forward that gathers it.
+            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "_draw_generated")
         return prepared
 
     def get_train_dataloader(self) -> DataLoader:
