@@ -1,6 +1,7 @@
 """Kill a training run with signal 9, again and again, and look at what it leaves behind.
 
     python benchmarks/kill_during_save.py --kills 200
+    python benchmarks/kill_during_save.py --kills 60 --processes 2    # sharded by FSDP2, all killed at once
 
 Each attempt continues the same run (a snapshot after every step) and is killed: every other one at a random
 moment of its life, the others a random time after a snapshot or the final model began to be written. After
@@ -16,6 +17,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -36,26 +38,42 @@ from medplib.training.chain import train
 STEPS = 8
 
 
-def fork(out: Path) -> int:
-    """A child process that trains until it is done or dead."""
-    child = os.fork()
-    if child == 0:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        code = 1
-        try:
-            train(make(out), sources={"some": records()})
-            code = 0
-        finally:
-            os._exit(code)
-    return child
+def fork(out: Path, processes: int) -> list[int]:
+    """Child processes that train together until they are done or dead."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            code = 1
+            try:
+                if processes > 1:
+                    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+                    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in place.items()}}
+                train(make(out), sources={"some": records()})
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return children
+
+
+def ended(children: list[int]) -> bool:
+    """Whether any of them is no longer running (its status stays to be read)."""
+    return any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children)
 
 
 def make(out: Path):
     """A mixture stage of medplib-tiny with LoRA, all of its snapshots' files small enough to write often."""
     stage = {"steps": STEPS, "batch_size": 2}
-    return recipe("medplib-tiny", out, micro_batch=1, save_steps=1, log_steps=1000, stage=stage)
+    return recipe(
+        "medplib-tiny", out, micro_batch=1, save_steps=1, log_steps=1000, stage=stage, strategy="fsdp2"
+    )  # fmt: skip
 
 
 def staging(out: Path) -> bool:
@@ -87,15 +105,17 @@ def inspect(out: Path, before: int) -> tuple[int, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1, help="more than one: sharded by FSDP2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
     work, rng = Path(tempfile.mkdtemp(prefix="medplib-kill-")), random.Random(options.seed)
     reference = work / "reference"
-    child = fork(reference)
     begun = time.monotonic()
-    if os.waitpid(child, 0)[1] != 0:
+    children = fork(reference, options.processes)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    if any(codes):
         sys.exit("the run that nobody kills failed")
     length = time.monotonic() - begun
     expected = load_file(reference / "mixture" / "model" / "model.safetensors")
@@ -104,16 +124,18 @@ def main() -> None:
     number, before = 0, 0
     while counts["kills"] < options.kills:
         out = work / f"run-{number}"
-        child, aimed = fork(out), counts["kills"] % 2 == 0
+        children, aimed = fork(out, options.processes), counts["kills"] % 2 == 0
         end = time.monotonic() + rng.uniform(0, length * (0.7 if aimed else 1.0))
-        ended = 0
-        while not ended and not (time.monotonic() > end and (not aimed or staging(out))):
+        while not ended(children) and not (time.monotonic() > end and (not aimed or staging(out))):
             time.sleep(0.0005)
-            ended = os.waitpid(child, os.WNOHANG)[0]
-        if not ended:
+        by_itself = ended(children)
+        if not by_itself:
             time.sleep(rng.uniform(0, 0.03) if aimed else 0)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        for child in children:
+            if not by_itself:
+                os.kill(child, signal.SIGKILL)
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        if not by_itself:
             counts["kills"] += 1
             counts["during a save"] += staging(out)
         before, wrong = inspect(out, before)
@@ -126,8 +148,8 @@ def main() -> None:
             counts["models loaded"] += 1
             shutil.rmtree(out)
             number, before = number + 1, 0
-        elif ended:
-            problems.append("a run ended by itself without a model")
+        elif by_itself:
+            problems.append(f"a run ended by itself without a model, codes {codes}")
             break
         print(f"\r{counts}  newest step {before}, problems {len(problems)}", end="", flush=True)
     print()
