@@ -1,6 +1,6 @@
 """The four stages on the mini set, about two minutes on two cores: a forgetful model learns to see again.
 
-python examples/04_train_in_stages.py [folder]          # MEDPLIB_STEPS=40 per stage
+python examples/04_train_in_stages.py [folder]          # MEDPLIB_STEPS=30 per stage
 """
 
 import os
@@ -15,7 +15,7 @@ from medplib.data import load_mini
 from medplib.evaluation.metrics import dice
 from medplib.training import load_recipe, train
 
-steps = int(os.environ.get("MEDPLIB_STEPS", "40"))
+steps = int(os.environ.get("MEDPLIB_STEPS", "30"))
 out = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="medplib-stages-"))
 chest = next(s for s in load_mini(split="test") if "right lung" in s.names and "left lung" in s.names)
 
