@@ -18,7 +18,7 @@ def test_script_is_short_and_runs_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, script],
         cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "MEDPLIB_STEPS": "1"},
         capture_output=True,
         encoding="utf-8",
     )

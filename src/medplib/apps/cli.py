@@ -15,6 +15,7 @@ from medplib.apps.data_cli import data
 from medplib.apps.models import check_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer
+from medplib.apps.train_cli import train
 from medplib.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
+app.command()(train)
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def load_model(
     InputError for a device that is not there and an extra that is not installed, and what `from_pretrained`
     raises.
     """
-    _quieten()
+    quieten()
     from medplib import MedPLIB
 
     if device not in (None, "cpu"):
@@ -73,7 +73,7 @@ def _check_device(device: str) -> None:
         raise InputError(f"--device {device} cannot be used here: {reason}") from error
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """No progress bars, usage statistics and notes to developers, unless the environment says otherwise."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,306 @@
+"""Stages one after another: each begins with the model of an earlier one and leaves a usable model.
+
+    train(load_recipe("tiny", {"out": "runs/mine"}))     # -> runs/mine/mixture/model
+
+A stage that is finished is not done again, one that was stopped continues from its newest snapshot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medplib.configuration import LossConfig
+from medplib.data.record import Record
+from medplib.errors import CheckpointError, InputError
+from medplib.lora import merge_lora
+from medplib.modeling import MedPLIB
+from medplib.parts import PartTable
+from medplib.results import versions
+from medplib.stages import Stage, set_stage
+from medplib.training.batches import Collate, StepBatches, TrainingData, order_for, steps_of
+from medplib.training.frozen import Frozen
+from medplib.training.recipe import Recipe, make_recipe
+from medplib.training.snapshots import (
+    begin,
+    check_writable,
+    clean,
+    manifest_of,
+    newest,
+    read_manifest,
+    seal,
+    writing,
+)
+from medplib.training.sources import fingerprint, open_sources
+from medplib.training.starts import start_model
+from medplib.training.trainer import StageTrainer, arguments, whole_state
+from medplib.training.watch import Watch
+
+_SAME_RUN = (
+    "stage",
+    "data",
+    "start",
+    "mixture",
+    "order",
+    "frozen",
+)  # what a snapshot must share with its run
+
+
+@dataclass
+class StageResult:
+    """A finished stage: where its model is, what trained, the hashes of what did not (by part), and the
+    tokens each expert took ({layer: {expert: tokens}}, of this process' run; None without a mixture)."""
+
+    name: str
+    folder: Path
+    table: PartTable | None
+    frozen: dict[str, str]
+    routing: dict[str, dict[str, int]] | None = None
+
+
+@dataclass
+class Prepared:
+    """A stage about to be trained."""
+
+    stage: Stage
+    model: MedPLIB
+    table: PartTable
+    frozen: Frozen
+    batches: StepBatches
+    collate: Collate
+    facts: dict[str, Any]
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    sources: Mapping[str, Any] | None = None,
+    validation: Sequence[Record] | None = None,
+    progress: Callable[[str], Any] | None = None,
+) -> list[StageResult]:
+    """Train the recipe's stages in order; returns what became of each.
+
+    sources: {name: records} in place of what the recipe's data of that name would read. validation: records
+    for the sample pictures, likewise. progress: called with a line of text now and then.
+
+    Under torchrun or `accelerate launch` every process calls this alike. Raises InputError or MedPLIBError
+    before anything is trained for a setting, file or folder that cannot be used.
+    """
+    recipe = make_recipe(recipe)
+    _require_accelerate()
+    out = Path(recipe.out).expanduser()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader processes are forks
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        check_writable(out)
+    for name in recipe.stages:
+        recipe.sources(name)
+    for name in recipe.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"report_to names {name!r}, which is not installed: pip install {name}")
+    return [_run(recipe, name, out, sources, validation, progress, main) for name in recipe.stages]
+
+
+def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
+    folder = out / name
+    final = folder / "model"
+    say = progress if main else None
+    manifest = manifest_of(final)
+    if manifest is not None:
+        _check_same(manifest, {"stage": _plain_stage(recipe.stage(name))}, final)
+        if say:
+            say(f"stage {name}: done before, {final}")
+        return StageResult(name, final, None, manifest["parts"], manifest.get("routing"))
+    if main and folder.is_dir():
+        clean(folder)
+    resume = newest(folder)
+    start = int(resume.name.removeprefix("step-")) if resume else 0
+    prepared = prepare_stage(recipe, name, sources, start=start)
+    if resume is not None:
+        _check_same(read_manifest(resume), prepared.facts, resume)
+    if say:
+        say(str(prepared.table))
+        if resume:
+            say(f"stage {name}: continues at step {start} of {prepared.batches.steps}")
+    records = _validation(recipe, validation)
+    watch = Watch(
+        folder, start=start, records=records, sample_steps=recipe.sample_steps, progress=say, main=main,
+        precision=prepared.stage.precision,
+    )  # fmt: skip
+    args = arguments(recipe, prepared.stage, prepared.model, prepared.batches, folder)
+    trainer = StageTrainer(
+        prepared.model, args, prepared.batches, prepared.collate, watch, folder=folder, keep=recipe.keep,
+        facts=prepared.facts, workers=recipe.workers,
+    )  # fmt: skip
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        routing = watch.routing_total(trainer.accelerator)
+    finally:
+        watch.close()
+    if routing:
+        watch.write({"step": trainer.state.global_step, "stage": name, "routing_total": routing})
+    finish_stage(recipe, prepared, trainer, final, routing)
+    return StageResult(name, final, prepared.table, prepared.frozen.by_part(), routing)
+
+
+def prepare_stage(
+    recipe: Recipe,
+    name: str,
+    sources: Mapping[str, Any] | None = None,
+    *,
+    start: int = 0,
+    world: int | None = None,
+) -> Prepared:
+    """Load the stage's model, open and close its parts, open its data. Changes nothing on disk."""
+    stage = recipe.stage(name)
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = world or processes
+    named = recipe.sources(name)
+    records = open_sources(named, sources)
+    weights = {key: source.weight for key, source in named.items()}
+    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
+    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
+    order = order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size)
+    data = TrainingData(records, stage.seed, augmentation(recipe))
+    batches = StepBatches(
+        data, order, batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
+        rank=rank, world=world, grouping=recipe.length_grouping,
+    )  # fmt: skip
+    model, origin, table = staged_model(recipe, name)
+    frozen = Frozen(model)
+    facts = {
+        "stage": _plain_stage(stage),
+        "start": origin,
+        "mixture": model.config.moe is not None,
+        "order": {"batch_size": stage.batch_size, "grouping": recipe.length_grouping,
+                  "samples": order.per_epoch,
+                  "weights": order.counts, "augment": recipe.augment},
+        "data": {key: fingerprint(r) for key, r in records.items()},
+        "frozen": frozen.total,
+        "parts": frozen.by_part(),
+        "recipe": recipe.to_dict(),
+        "versions": versions(),
+    }  # fmt: skip
+    return Prepared(stage, model, table, frozen, batches, Collate(model.processor, stage.max_length), facts)
+
+
+def staged_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str], PartTable]:
+    """The model a stage begins with, its parts opened and closed; where it comes from; and what trains."""
+    stage = recipe.stage(name)
+    weights = loss_config(stage)
+    model, origin = start_model(recipe, name)
+    torch.manual_seed(stage.seed)  # of new adapters
+    model.config.losses = weights
+    if model.config.moe is not None and "balance" in stage.loss_weights:
+        model.config.moe.balance_loss_coef = stage.loss_weights["balance"]
+    table = set_stage(model, stage)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, origin, table
+
+
+def finish_stage(
+    recipe: Recipe, prepared: Prepared, trainer: StageTrainer, final: Path, routing: Any
+) -> None:
+    """Merge LoRA and write the model, after closed tensors were found unchanged, in memory and on disk."""
+    state = None
+    if trainer.is_fsdp_enabled:
+        state = whole_state(trainer.model)
+    if trainer.args.should_save:
+        if state is not None:  # the sharded model stays as it is; the whole one is built once more
+            model = staged_model(recipe, prepared.stage.name)[0]
+            model.load_state_dict(state, strict=True)
+        else:
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        prepared.frozen.check(model)
+        merge_lora(model)
+        model.to("cpu", getattr(torch, recipe.dtype)).eval()
+        model.requires_grad_(True)
+        staging = begin(final)
+        with writing(final, staging):
+            model.save_pretrained(staging)
+            prepared.frozen.check_files(staging)
+        seal(staging, final, {**prepared.facts, "step": trainer.state.global_step, "routing": routing})
+    if trainer.args.world_size > 1:
+        torch.distributed.barrier()
+
+
+# -- small things --------------------------------------------------------------------------------------------
+
+
+def loss_config(stage: Stage) -> LossConfig:
+    known = {f.name for f in dataclasses.fields(LossConfig)}
+    given = {k: v for k, v in stage.loss_weights.items() if k in known}
+    unknown = set(stage.loss_weights) - known - {"balance"}
+    if unknown:
+        raise InputError(
+            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are "
+            f"{', '.join(known)}, balance."
+        )
+    return LossConfig(**{**dict.fromkeys(known, 0.0), **given})
+
+
+def augmentation(recipe: Recipe) -> Any:
+    if recipe.augment is None:
+        return None
+    try:
+        from medplib.data.transforms import Augmentation
+    except ImportError as error:
+        raise InputError(
+            "augment needs medplib.data.transforms, which this version lacks; leave it out."
+        ) from error
+    try:
+        return Augmentation(**recipe.augment)
+    except TypeError as error:
+        raise InputError(f"augment: {error}") from error
+
+
+def _validation(recipe: Recipe, given: Sequence[Record] | None) -> list[Record]:
+    """The first records of the validation sources, evenly from each; always the same."""
+    if not recipe.sample_steps:
+        return []
+    if given is not None:
+        return list(given)[: recipe.samples]
+    opened = list(open_sources(recipe.validation).values())
+    rows = [
+        (source.draw(0, 0, i)[0] if hasattr(source, "draw") else source[i])
+        for i in range(recipe.samples) for source in opened if i < len(source)
+    ]  # fmt: skip
+    return rows[: recipe.samples]
+
+
+def _plain_stage(stage: Stage) -> dict[str, Any]:
+    """The stage as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(stage)))
+
+
+def _check_same(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError, naming the difference, if a folder was made by another run."""
+    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k in _SAME_RUN}))
+    for key, value in plain.items():
+        if manifest.get(key) != value:
+            names = (
+                [k for k in value if manifest[key].get(k) != value[k]]
+                if isinstance(value, dict) and isinstance(manifest.get(key), dict) else []
+            )  # fmt: skip
+            which = f" ({', '.join(map(str, names))})" if names else ""
+            raise CheckpointError(
+                f"{str(folder)!r} was made with another {key}{which}. "
+                "Choose another out folder, or set it back."
+            )
+
+
+def _require_accelerate() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError as error:
+        raise ImportError('Training needs accelerate and peft: pip install "medplib[train]"') from error

@@ -1,0 +1,232 @@
+"""Where a stage's records come from, and in which order: keyed by (seed, epoch, index), whatever ran before.
+
+order = Order({"slake": 7000, "vqa_rad": 1800}, {"slake": 1.0, "vqa_rad": 1.0}, seed=42, per_epoch=4000)
+order.epoch(0)     # 4000 (source, position) pairs, half of them from each
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from medplib.data.mini import INDEX, default_mini_root, load_mini
+from medplib.data.phantoms import PHANTOMS, make_phantom
+from medplib.data.questions import QuestionMaker
+from medplib.data.record import Record
+from medplib.data.samples import keyed_rng
+from medplib.errors import InputError
+from medplib.prompts.types import Mask
+from medplib.training.recipe import Source
+
+MINI_TASKS = {
+    "vqa": {"modality": 0.35, "presence": 0.45, "list": 0.2},
+    "region": {"region": 1.0},
+    "grounding": {"grounding": 0.5, "absent": 0.35, "several": 0.15},
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Pixels in memory: an image uint8 (H, W, 3) or a mask bool (H, W), wherever a file could stand."""
+
+    array: np.ndarray
+
+    def load(self) -> np.ndarray:
+        """The array itself."""
+        return self.array
+
+
+class Drawn(Protocol):
+    """A source that makes its records: other ones in every epoch."""
+
+    def __len__(self) -> int: ...
+    def draw(self, seed: int, epoch: int, index: int) -> list[Record]: ...
+
+
+class MiniQuestions:
+    """Questions about the mini set and phantoms, drawn anew in every epoch from (seed, epoch, index).
+
+    One index is one augmented image and `per_image` questions about it, which share its pixels. The length
+    is `per_epoch` (default: the number of images in the split).
+    """
+
+    def __init__(
+        self,
+        split: str | None = "train",
+        tasks: Mapping[str, float] | Sequence[str] = ("vqa", "region", "grounding"),
+        per_image: int = 1,
+        per_epoch: int | None = None,
+        weights: Mapping[str, float] | None = None,
+        table: float = 0.5,
+        removal: float = 0.0,
+    ) -> None:
+        from medplib.training.conversations import QuestionBatch
+
+        self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
+                         "table": table, "removal": removal}  # fmt: skip
+        mix = _task_shares(tasks)
+        shares = None if weights is None else tuple(sorted(weights.items()))
+        self.images, vocabulary, count = _mini_images(split, shares, table, removal)
+        self.questions = QuestionBatch(None, QuestionMaker(vocabulary), mix, per_image)
+        self.per_image, self.length, self.split = per_image, per_epoch or count, split
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw(self, seed: int, epoch: int, index: int) -> list[Record]:
+        rng = keyed_rng("mini", seed, epoch, index)
+        item = self.images.draw(rng)
+        image = (Held(item.image),)
+        records = []
+        for _ in range(self.per_image):
+            q = self.questions.draw(item, rng)
+            question = q.question
+            if q.prompts and "<region>" not in question:
+                question = f"{question} <region>"
+            regions = tuple(Held(p.mask) if isinstance(p, Mask) else p for p in q.prompts)
+            records.append(
+                Record(
+                    ((question, q.answer),),
+                    image,
+                    regions,
+                    tuple(Held(m) for m in q.masks),
+                    "mini",
+                    index,
+                    item.modality,
+                    split=self.split,
+                    labels=q.names,
+                )
+            )
+        return records
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the mini set's index and these settings."""
+        content = (default_mini_root() / INDEX).read_bytes() + json.dumps(
+            self.settings, sort_keys=True
+        ).encode()
+        return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float):
+    """The images of a split, read once for all sources; {structure: its data sets}; how many there are."""
+    from medplib.training.labelled import LabelledImages
+    from medplib.training.tiny import SHARES
+
+    samples = load_mini(split=split)
+    vocabulary: dict[str, set[str]] = {}
+    for s in [*samples, *(make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16))]:
+        for structure in s.structures:
+            vocabulary.setdefault(structure.name, set()).add(s.dataset)
+    weights = dict(shares) if shares else SHARES
+    images = LabelledImages(samples, weights, steps=1, batch_size=1, seed=0, table=table, removal=removal)
+    return images, vocabulary, len(samples)
+
+
+def _task_shares(tasks: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    if isinstance(tasks, Mapping):
+        return {str(k): float(v) for k, v in tasks.items()}
+    unknown = [t for t in tasks if t not in MINI_TASKS]
+    if unknown or not tasks:
+        raise InputError(
+            f"options.tasks of the mini set may hold {', '.join(MINI_TASKS)}; got {list(tasks)}."
+        )
+    return {kind: share / len(tasks) for t in tasks for kind, share in MINI_TASKS[t].items()}
+
+
+def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
+    """The records of a recipe's source. Raises InputError, naming the source."""
+    try:
+        if source.reader == "mini":
+            return MiniQuestions(split=source.split, **source.options)
+        try:
+            from medplib.data.readers import read
+        except ImportError as error:
+            raise InputError(f"The reader {source.reader!r} is not in this version of medplib.") from error
+        if source.path is None:
+            raise InputError(f"data.{name}.path is missing; name the folder of the data set.")
+        return read(source.reader, Path(source.path).expanduser(), split=source.split, **source.options)
+    except TypeError as error:
+        raise InputError(
+            f"data.{name}: the options do not fit the reader '{source.reader}': {error}"
+        ) from error
+
+
+def fingerprint(records: Sequence[Record] | Drawn) -> str:
+    """The source's own fingerprint, or a hash of its length and of up to 1000 of its conversations."""
+    own = getattr(records, "fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    digest = hashlib.sha256(str(len(records)).encode())
+    for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 1000)).astype(int)):
+        digest.update(repr((records[int(i)].turns, records[int(i)].source)).encode())
+    return digest.hexdigest()
+
+
+class Order:
+    """Which record stands at which place of which epoch, over sources of the given lengths and weights.
+
+    Each source is gone through in a shuffled order again and again; an epoch takes from it its share of
+    `per_epoch` (default: all records together), so that a small source with a large weight repeats and a
+    large one goes on in the next epoch where it stopped. Raises InputError for an empty source.
+    """
+
+    def __init__(
+        self,
+        lengths: Mapping[str, int],
+        weights: Mapping[str, float | None],
+        *,
+        seed: int,
+        per_epoch: int | None = None,
+        key: str = "",
+    ) -> None:
+        empty = [name for name, length in lengths.items() if length < 1]
+        if empty or not lengths:
+            raise InputError(
+                f"The data source {', '.join(empty) or '(none)'} has no records; check its path and split."
+            )
+        self.names, self.lengths, self.seed, self.key = tuple(lengths), dict(lengths), seed, key
+        self.per_epoch = per_epoch or sum(lengths.values())
+        shares = np.array([weights.get(n) or lengths[n] for n in self.names], dtype=float)
+        if any(weights.get(n) for n in self.names) and not all(weights.get(n) for n in self.names):
+            without = [n for n in self.names if not weights.get(n)]
+            raise InputError(f"Either all sources have a weight or none; {', '.join(without)} has none.")
+        exact = shares / shares.sum() * self.per_epoch
+        counts = np.floor(exact).astype(int)
+        for i in np.argsort(counts - exact, kind="stable")[: self.per_epoch - counts.sum()]:
+            counts[i] += 1  # largest remainder
+        self.counts = dict(zip(self.names, counts.tolist(), strict=True))
+        self._passes: dict[str, tuple[int, np.ndarray]] = {}
+
+    def epoch(self, number: int) -> list[tuple[str, int]]:
+        """The (source, position) pairs of an epoch, shuffled."""
+        pairs = [
+            (name, self._position(name, number * count + k))
+            for name, count in self.counts.items()
+            for k in range(count)
+        ]
+        mixed = keyed_rng("order", self.key, self.seed, number).permutation(len(pairs))
+        return [pairs[i] for i in mixed]
+
+    def _position(self, name: str, drawn: int) -> int:
+        number, at = divmod(drawn, self.lengths[name])
+        kept = self._passes.get(name)
+        if kept is None or kept[0] != number:
+            rng = keyed_rng("pass", self.key, self.seed, name, number)
+            kept = self._passes[name] = (number, rng.permutation(self.lengths[name]))
+        return int(kept[1][at])
+
+
+def open_sources(sources: Mapping[str, Source], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """{name: records}, those `given` from Python in place of what the recipe names."""
+    return {name: (given or {}).get(name) or open_source(name, source) for name, source in sources.items()}

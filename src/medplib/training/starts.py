@@ -1,0 +1,116 @@
+"""The model a stage begins with: a folder, an earlier stage, a mixture of earlier stages, a dense start."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from medplib.configuration import MedPLIBConfig
+from medplib.errors import InputError
+from medplib.experts.context import named_routers
+from medplib.experts.upcycle import assemble_mixture
+from medplib.language import decoder_layers
+from medplib.loading import weights_sha256
+from medplib.modeling import MedPLIB
+from medplib.training.recipe import Recipe
+from medplib.training.snapshots import MANIFEST, read_manifest
+
+MASK_SIDE = ("seg_projector", "mask_decoder", "prompt_encoder")
+
+
+def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
+    """The model a stage begins with, and where it comes from, {place: sha256 of its weights}."""
+    out, names = Path(recipe.out).expanduser(), list(recipe.stages)
+    changes, before = recipe.stages[name], names[: names.index(name)]
+    experts = recipe.experts(name)
+    if experts:
+        folders = {expert: _stage_model(out, stage, before) for expert, stage in experts.items()}
+        if all(folders.values()):
+            origin = {expert: recorded_weights(folder) for expert, folder in folders.items()}
+            return make_mixture(recipe, name, folders), origin
+        if changes.experts is not None or before:
+            lacking = ", ".join(stage for expert, stage in experts.items() if not folders[expert])
+            raise InputError(
+                f"Stage '{name}' makes its experts from {', '.join(experts.values())}, but {lacking} is "
+                f"neither before it nor finished in {str(out)!r}; train it first, or give "
+                f"stages.{name}.start a mixture."
+            )
+    source: str | Path = changes.start or (before[-1] if before else recipe.model)
+    folder = _stage_model(out, str(source), names)
+    if folder is None and str(source) in names:
+        raise InputError(
+            f"Stage '{name}' starts from '{source}', which is not finished in {str(out)!r}; train it first."
+        )
+    first = folder is None
+    model = MedPLIB.from_pretrained(
+        folder or source, **(recipe.load if first else {}), dtype=getattr(torch, recipe.dtype)
+    )
+    origin = {str(source): weights_sha256(model.source) if first else recorded_weights(folder)}
+    if first and recipe.dense is not None and model.config.moe is not None:
+        model = as_dense(model, recipe.dense)
+    if first and recipe.mask_weights is not None:
+        from medplib.checkpoints import load_sam
+
+        load_sam(model, Path(recipe.mask_weights).expanduser())
+    return model, origin
+
+
+def _stage_model(out: Path, stage: str, known: Sequence[str]) -> Path | None:
+    """The finished model of a stage of this run. Raises CheckpointError for one that is damaged."""
+    folder = out / stage / "model"
+    if not folder.is_dir() or Path(stage).name != stage:
+        return None
+    read_manifest(folder)
+    return folder
+
+
+def recorded_weights(folder: Path) -> str:
+    """One hash over those of the weight files, from a manifest that was checked before."""
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    hashes = "".join(f"{name}{files[name]}" for name in sorted(files) if name.endswith(".safetensors"))
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def make_mixture(recipe: Recipe, name: str, folders: Mapping[str, Path]) -> MedPLIB:
+    """Experts from the models of their names, the mask side from that of "grounding", the rest from "vqa"."""
+    dtype = getattr(torch, recipe.dtype)
+    sources = {expert: MedPLIB.from_pretrained(folder, dtype=dtype) for expert, folder in folders.items()}
+    rest = "vqa" if "vqa" in sources else list(sources)[-1]
+    base = sources[rest]
+    settings = {**recipe.moe, "experts": list(folders)}
+    content = {**base.config.to_dict(), "moe": settings}
+    config = MedPLIBConfig.from_dict(content)
+    torch.manual_seed(recipe.stage(name).seed)  # of the gates
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        mixture = MedPLIB(config)
+    finally:
+        torch.set_default_dtype(before)
+    overrides = dict.fromkeys(MASK_SIDE, "grounding") if "grounding" in sources else {}
+    assemble_mixture(mixture, sources, rest=rest, overrides=overrides)
+    mixture.processor = _processor_for(base, config)
+    return mixture.eval()
+
+
+def as_dense(model: MedPLIB, expert: str) -> MedPLIB:
+    """A mixture becomes, in place, the dense model of one expert's feed-forward blocks. UnknownNameError."""
+    routers = named_routers(model)
+    for router in routers.values():
+        router.index_of(expert)
+    for layer in decoder_layers(model.language_model):
+        if layer.mlp in routers.values():
+            layer.mlp = copy.deepcopy(layer.mlp.experts[expert])
+    model.config = MedPLIBConfig.from_dict({**model.config.to_dict(), "moe": None})
+    model.processor = _processor_for(model, model.config)
+    return model
+
+
+def _processor_for(model: MedPLIB, config: MedPLIBConfig):
+    old = model.processor
+    return type(old)(old.tokenizer, config, old.num_image_tokens, old.grid)

@@ -1,0 +1,217 @@
+"""The four stages in one call, from a dense start to a mixture; and what a run shows before it begins."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from training_run import LORA, records
+from typer.testing import CliRunner
+
+from medplib import MedPLIB
+from medplib.apps.cli import app
+from medplib.errors import CheckpointError, InputError, UnknownNameError
+from medplib.training.chain import train
+from medplib.training.dry_run import rehearse
+from medplib.training.recipe import load_recipe, make_recipe
+
+SHORT = {"steps": 2, "batch_size": 2, "precision": "fp32", "max_length": 512, "learning_rate": 1e-2}
+STAGES = {
+    "align": {**SHORT, "data": ["words"]},
+    "vqa": {**SHORT, "data": ["words"], "lora": LORA},
+    "grounding": {**SHORT, "data": ["masks"], "lora": LORA},
+    "mixture": {**SHORT, "data": ["words", "masks"], "lora": LORA},
+}
+SOURCES = {"words": records(8, "vr"), "masks": records(8, "g", seed=1)}
+
+
+@pytest.fixture(scope="module")
+def dense_folder(new_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    new_model(moe=None).save_pretrained(folder)
+    return folder
+
+
+def four(model, out, **changes):
+    content = {
+        "model": str(model), "out": str(out), "device": "cpu", "save_steps": 2, "log_steps": 1,
+        "stages": STAGES,
+        "data": {"words": {"reader": "memory"}, "masks": {"reader": "memory"}},
+    }  # fmt: skip
+    return make_recipe(content | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(dense_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("four")
+    results = train(four(dense_folder, out), sources=SOURCES)
+    return out, {result.name: result for result in results}
+
+
+def weights(results, name):
+    return load_file(results[name].folder / "model.safetensors")
+
+
+def changed(before, after):
+    return {key for key in after if key in before and not torch.equal(before[key], after[key])}
+
+
+def test_each_stage_moves_its_parts_and_no_others(trained, dense_folder):
+    _, results = trained
+    start = load_file(dense_folder / "model.safetensors")
+    align, vqa, grounding = (weights(results, name) for name in ("align", "vqa", "grounding"))
+    assert {key.split(".")[0] for key in changed(start, align)} == {"projector"}
+    moved = changed(align, vqa)
+    assert {key.split(".")[0] for key in moved} == {"projector", "region_adapter", "language_model"}
+    assert any("q_proj" in key for key in moved)
+    assert not any("down_proj" in key for key in moved)
+    assert {key.split(".")[0] for key in changed(vqa, grounding)} == {
+        "mask_decoder",
+        "seg_projector",
+        "language_model",
+    }
+
+
+def test_the_mixture_is_made_of_its_stages(trained):
+    out, results = trained
+    mixture, vqa, grounding = (weights(results, name) for name in ("mixture", "vqa", "grounding"))
+    layer = "language_model.model.layers.0.mlp"
+    for expert, source in (("vqa", vqa), ("grounding", grounding)):  # down_proj got no adapter anywhere
+        assert torch.equal(
+            mixture[f"{layer}.experts.{expert}.down_proj.weight"], source[f"{layer}.down_proj.weight"]
+        )
+    shared = [key for key in mixture if key.startswith(("projector.", "vision_tower."))]
+    assert shared
+    assert all(torch.equal(mixture[key], vqa[key]) for key in shared)
+    key = f"{layer}.experts.grounding.up_proj.weight"
+    assert not torch.equal(mixture[key], grounding[f"{layer}.up_proj.weight"])  # its adapter learned on
+    assert results["mixture"].routing.keys() == {layer, layer.replace("0", "1")}
+    manifest = json.loads((out / "mixture" / "model" / "manifest.json").read_text())
+    assert set(manifest["start"]) == {"vqa", "grounding"}
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_the_model_of_every_stage_answers(trained, name, pictures):
+    model = MedPLIB.from_pretrained(trained[1][name].folder)
+    assert (model.config.moe is not None) == (name == "mixture")
+    assert model.ask(pictures[0], "What is this?").images[0].shape == pictures[0].shape
+
+
+def test_closed_parts_have_the_same_hash_from_stage_to_stage(trained):
+    hashes = [result.frozen for result in trained[1].values()]
+    for part in ("vision_tower", "mask_encoder", "prompt_encoder"):
+        assert len({table[part] for table in hashes}) == 1
+    assert hashes[0]["mask_decoder"] == hashes[1]["mask_decoder"]
+    assert "mask_decoder" not in hashes[2]
+
+
+def test_a_closed_tensor_that_moves_is_found_before_the_model_is_written(dense_folder, tmp_path, monkeypatch):
+    original = MedPLIB._losses
+
+    def moving(self, *args):
+        self.vision_tower.get_parameter(next(n for n, _ in self.vision_tower.named_parameters())).data += 1e-6
+        return original(self, *args)
+
+    monkeypatch.setattr(MedPLIB, "_losses", moving)
+    with pytest.raises(CheckpointError, match=r"1 closed tensors are not what they were.*vision_tower"):
+        train(four(dense_folder, tmp_path, stages={"align": STAGES["align"]}), sources=SOURCES)
+    assert not (tmp_path / "align" / "model").exists()
+
+
+def test_a_mixture_alone_takes_the_stages_that_are_there(trained, dense_folder, tmp_path):
+    out, _ = trained
+    lone = {"mixture": {**STAGES["mixture"], "experts": {"vqa": "vqa", "grounding": "grounding"}}}
+    with pytest.raises(InputError, match=r"vqa, grounding is neither before it nor finished"):
+        train(four(dense_folder, tmp_path, stages=lone), sources=SOURCES)
+    (result,) = train(four(dense_folder, out, stages=lone), sources=SOURCES)  # finished before
+    assert result.folder == out / "mixture" / "model"
+
+
+def test_a_damaged_stage_is_not_built_upon(dense_folder, tmp_path):
+    two = {name: STAGES[name] for name in ("align", "vqa")}
+    train(four(dense_folder, tmp_path, stages={"align": two["align"]}), sources=SOURCES)
+    weights_file = tmp_path / "align" / "model" / "model.safetensors"
+    content = bytearray(weights_file.read_bytes())
+    content[-1] ^= 1
+    weights_file.write_bytes(content)
+    later = {"vqa": {**two["vqa"], "start": "align"}, "align": two["align"]}
+    with pytest.raises(CheckpointError, match="SHA-256 differs"):
+        train(four(dense_folder, tmp_path, stages=later), sources=SOURCES)
+
+
+def test_a_mixture_can_be_a_dense_start(tiny_folder, tmp_path):
+    stages = {"align": STAGES["align"]}
+    (result,) = train(four(tiny_folder, tmp_path, stages=stages, dense="vqa"), sources=SOURCES)
+    found, start = (
+        load_file(result.folder / "model.safetensors"),
+        load_file(tiny_folder / "model.safetensors"),
+    )
+    name = "language_model.model.layers.1.mlp"
+    assert torch.equal(found[f"{name}.up_proj.weight"], start[f"{name}.experts.vqa.up_proj.weight"])
+    with pytest.raises(UnknownNameError, match="grunding"):
+        train(four(tiny_folder, tmp_path / "other", stages=stages, dense="grunding"), sources=SOURCES)
+
+
+def test_rehearsal_counts_what_the_run_will_train(trained, dense_folder):
+    out, results = trained
+    pages = {page.stage.name: page for page in rehearse(four(dense_folder, out, micro_batch=2), SOURCES)}
+    for name, page in pages.items():
+        counted = {row.part: (row.parameters, row.trainable) for row in page.table.rows}
+        if results[name].table is not None:
+            assert counted == {row.part: (row.parameters, row.trainable) for row in results[name].table.rows}
+        assert page.steps == 2
+        assert page.memory.total > page.memory.weights > 0
+    grounding = pages["grounding"]
+    assert grounding.rows[0].startswith("grounding: ")
+    assert "[ Here is the <ref>liver</ref> <SEG>." in grounding.rows[0]
+    assert "Segment the liver. ASSISTANT:[" in grounding.rows[0]
+    assert "(region)" in " ".join(pages["vqa"].rows + pages["align"].rows)
+    picture = np.array(grounding.picture)
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+
+
+def test_memory_is_reckoned_as_documented(dense_folder, tmp_path):
+    (page,) = rehearse(four(dense_folder, tmp_path, stages={"align": STAGES["align"]}), SOURCES)
+    trained, frozen = page.table.trainable, page.table.parameters - page.table.trainable
+    assert page.memory.weights == 4 * (trained + frozen)
+    assert (page.memory.gradients, page.memory.optimizer) == (4 * trained, 8 * trained)
+
+
+def test_command_line_rehearses_and_writes_the_batch_as_a_picture(tmp_path):
+    words = ["train", "tiny", "--stages", "align", "--dry-run", "--set", f"out={tmp_path}",
+             "--set", "data.mini_vqa.options.per_image=1", "--set", "stages.align.batch_size=2",
+             "--set", "micro_batch=2"]  # fmt: skip
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "steps   50 of 2 samples" in result.output
+    assert "projector" in result.output
+    assert Image.open(tmp_path / "dry-run" / "align.png").size[0] > 256
+    assert [p.name for p in tmp_path.iterdir()] == ["dry-run"]
+
+
+def test_command_line_names_a_misspelt_setting_in_one_line():
+    result = CliRunner().invoke(app, ["train", "tiny", "--set", "stages.vqa.step=3"])
+    assert result.exit_code == 2
+    assert "stages.vqa.step" in result.output
+    assert "Did you mean 'steps'" in result.output
+    assert load_recipe("tiny").stage("vqa").steps
+
+
+def test_command_line_trains(dense_folder, tmp_path, monkeypatch):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+out: {tmp_path / "run"}
+model: {dense_folder}
+device: cpu
+data: {{mini: {{reader: mini, options: {{tasks: [vqa], weights: {{FluoNuclei: 1.0}}}}}}}}
+stages:
+  align: {{data: [mini], steps: 1, batch_size: 1, precision: fp32}}
+""")
+    result = CliRunner().invoke(app, ["train", str(recipe)])
+    assert result.exit_code == 0, result.output
+    assert "align: " in result.output
+    assert "vision_tower=" in result.output
+    again = CliRunner().invoke(app, ["train", str(recipe)])
+    assert "done before" in again.output
