@@ -1,38 +1,205 @@
-"""Dispatch: one token by itself gives what it gives among others, to the bit."""
+"""Dispatch: every way of giving tokens to experts gives the same sum; compiled, it is one graph."""
 
 import pytest
 import torch
+from torch import nn
 
-from medplib.experts import MoERouter
+from medplib.errors import InputError
+from medplib.experts import (
+    MoERouter,
+    collect_aux_losses,
+    count_routing,
+    dispatch,
+    record_routing,
+    routing_mask,
+)
+from medplib.experts.context import Padding
 from medplib.experts.dispatch import mix
 
 DIM = 6
 
 
+def slow(tokens, experts, weights, modules):
+    """One token and one choice at a time."""
+    out = torch.zeros_like(tokens, dtype=weights.dtype)
+    for t in range(len(tokens)):
+        for k in range(experts.shape[1]):
+            if experts[t, k] < len(modules):
+                out[t] += weights[t, k] * list(modules.values())[experts[t, k]](tokens[t : t + 1])[0]
+    return out
+
+
+def draw(num_tokens, top_k, kind=torch.float32, dim=DIM, hidden=5):
+    """Tokens, experts (0 to 3, 4 for nobody), weights and four experts."""
+    torch.manual_seed(num_tokens)
+    modules = MoERouter(dim, 4, hidden_dim=hidden).to(kind).experts
+    tokens = torch.randn(num_tokens, dim, dtype=kind, requires_grad=True)
+    experts = torch.stack([torch.randperm(5)[:top_k] for _ in range(num_tokens)])
+    weights = torch.rand(num_tokens, top_k, dtype=torch.promote_types(kind, torch.float32))
+    return tokens, experts, weights.requires_grad_(), modules
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("way", ["_mix_few", "_mix_sorted", "_mix_everywhere"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 30])
+def test_every_way_gives_the_slow_sum_and_its_gradients(way, num_tokens, top_k):
+    tokens, experts, weights, modules = draw(num_tokens, top_k, torch.float64)
+    results = []
+    for run in (slow, getattr(dispatch, way)):
+        out = run(tokens, experts, weights, modules)
+        inputs = (tokens, weights, *modules.parameters())
+        wanted = out.square().sum() + 0 * tokens.sum()
+        results.append((out, *torch.autograd.grad(wanted, inputs, allow_unused=True)))
+    for ours, theirs in zip(*results, strict=True):
+        if ours is None or theirs is None:  # an expert without tokens
+            assert (0 if ours is None else ours.abs().sum()) == (0 if theirs is None else theirs.abs().sum())
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_grouped_products_give_the_slow_sum_and_its_gradients():
+    tokens, experts, weights, modules = draw(30, 2, torch.bfloat16, 16, 24)
+    gate_up, down = dispatch._swiglu_weights(tokens, modules, None)
+    out = dispatch._mix_grouped(tokens, experts, weights, gate_up, down)
+    wanted = slow(tokens, experts, weights, modules)
+    torch.testing.assert_close(out.float(), wanted.float(), atol=2e-2, rtol=5e-2)
+    inputs = (tokens, weights, *modules.parameters())
+    for ours, theirs in zip(
+        torch.autograd.grad(out.float().square().sum(), inputs),
+        torch.autograd.grad(wanted.float().square().sum(), inputs),
+        strict=True,
+    ):
+        assert (ours - theirs).float().norm() < 0.03 * theirs.float().norm()
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_one_token_gives_what_it_gives_among_others(kind, top_k):
+def test_few_tokens_give_what_they_give_among_many(kind, top_k):
+    tokens, experts, weights, modules = draw(3, top_k, kind)
+    few = mix(tokens, experts, weights, modules)
+    fill = dispatch.FEW  # more tokens, which no expert gets
+    many = mix(
+        torch.cat([tokens, tokens[:1].expand(fill, -1)]),
+        torch.cat([experts, torch.full((fill, top_k), 4)]),
+        torch.cat([weights, weights[:1].expand(fill, -1)]),
+        modules,
+    )
+    assert few.dtype == kind
+    assert torch.equal(few, many[:3])
+
+
+def test_tokens_without_an_expert_give_zero():
+    for count in (1, 100):
+        tokens, experts, weights, modules = draw(count, 1)
+        assert (mix(tokens, torch.full_like(experts, 4), weights, modules) == 0).all()
+
+
+def test_expert_with_a_hook_or_an_activation_of_its_own_is_called_and_not_bypassed():
+    modules = draw(1, 1, torch.bfloat16, 16, 24)[3]
+    tokens = torch.randn(2, 16, dtype=torch.bfloat16)
+    assert dispatch._swiglu_weights(tokens, modules, None) is not None
+    hook = modules["expert_1"].register_forward_pre_hook(lambda *_: None)
+    assert dispatch._swiglu_weights(tokens, modules, None) is None
+    hook.remove()
+    assert dispatch._swiglu_weights(tokens.float(), modules, None) is None
+    modules["expert_1"].act_fn = nn.GELU()
+    assert dispatch._swiglu_weights(tokens, modules, None) is None
+    del modules["expert_1"].act_fn
+    modules["expert_1"].up_proj = nn.Linear(16, 24, bias=True, dtype=torch.bfloat16)
+    assert dispatch._swiglu_weights(tokens, modules, None) is None
+
+
+# torch.compile: the same answers from one graph
+
+
+def make_router(pack=True, **options):
+    """In bfloat16, with sizes that grouped products take."""
     torch.manual_seed(0)
-    experts = MoERouter(DIM, 4, hidden_dim=5).to(kind).experts
-    tokens = torch.randn(1, DIM, dtype=kind, requires_grad=True)
-    chosen = torch.randperm(4)[:top_k][None]
-    weights = torch.rand(1, top_k, dtype=torch.float64 if kind == torch.float64 else torch.float32)
-    weights.requires_grad_(True)
-    results = []
-    for fill in (0, 1):
-        # the second time another token, which no expert gets, makes it the general case
-        rows = torch.cat([tokens, tokens.detach().expand(fill, -1)])
-        index = torch.cat([chosen, torch.full((fill, top_k), 4)])
-        shares = torch.cat([weights, weights.detach().expand(fill, -1)])
-        out = mix(rows, index, shares, experts)[:1]
-        inputs = (tokens, weights, *experts.parameters())
-        results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs, allow_unused=True)))
-    assert results[0][0].dtype == kind
-    assert torch.equal(results[0][0], results[1][0])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    return MoERouter(16, 3, hidden_dim=24, top_k=2, pack=pack, **options).to(torch.bfloat16).eval()
 
 
-def test_token_without_an_expert_gives_zero():
-    experts = MoERouter(DIM, 2, hidden_dim=5).experts
-    assert (mix(torch.randn(1, DIM), torch.tensor([[2]]), torch.ones(1, 1), experts) == 0).all()
+def compiled(module):
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
+def padded():
+    torch.manual_seed(1)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    return torch.randn(2, 7, 16).to(torch.bfloat16), mask
+
+
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_compiled_router_is_one_graph_with_and_without_a_mask(pack, gradient):
+    router, (x, mask) = make_router(pack), padded()
+    run = compiled(router)
+    with torch.set_grad_enabled(gradient):
+        for given in (None, mask, None):
+            with routing_mask(given):
+                wanted, got = router(x), run(x)
+            torch.testing.assert_close(got, wanted, atol=5e-3, rtol=2e-2)
+    assert given is None
+    with routing_mask(mask):
+        assert (run(x)[0, :3] == 0).all()
+
+
+def test_compiled_router_with_experts_of_any_kind_is_one_graph():
+    router = MoERouter(DIM, {"a": nn.Linear(DIM, DIM), "b": nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())})
+    x = torch.randn(20, DIM)
+    torch.testing.assert_close(compiled(router)(x), router(x))
+
+
+def test_packed_weights_are_used_by_compiled_code_and_follow_the_parameters():
+    router, (x, _) = make_router(), padded()
+    run = compiled(router)
+    with torch.no_grad():
+        run(x)
+        router.experts["expert_0"].down_proj.weight.zero_()
+        router.experts["expert_1"].down_proj.weight.zero_()
+        router.experts["expert_2"].down_proj.weight.zero_()
+        assert (run(x) == 0).all()
+        other = make_router(pack=False)
+        router.load_state_dict(other.state_dict(), assign=True)  # now they lie apart
+        torch.testing.assert_close(run(x), other(x), atol=5e-3, rtol=2e-2)
+
+
+def test_padding_that_is_routed_along_is_in_no_statistic_and_no_loss():
+    router, (x, mask) = make_router(), padded()
+    seen = []
+    for run in (router, compiled(router)):
+        with routing_mask(mask), count_routing(router) as statistics:
+            run(x)
+            seen.append(statistics.rows()[0])
+    assert seen[0]["tokens"] == seen[1]["tokens"] == 11
+    assert seen[0]["counts"] == seen[1]["counts"]
+    assert seen[0]["probability"] == pytest.approx(seen[1]["probability"])
+    assert seen[0]["entropy"] == pytest.approx(seen[1]["entropy"])
+    assert seen[0]["margin"] == pytest.approx(seen[1]["margin"])
+
+    heard = []
+    for run in (router, lambda x: router._mix(x.flatten(0, 1), None, x.shape[:2], None, mask.flatten() > 0)):
+        with routing_mask(mask), collect_aux_losses(router) as losses, record_routing(router) as trace:
+            run(x)
+        heard.append((losses.balance(), losses.sequence(), losses.z(), trace.layers["router"]))
+    for ours, theirs in zip(heard[0][:3], heard[1][:3], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(heard[0][3].choices(), heard[1][3].choices().view(2, 7, 2))
+    torch.testing.assert_close(heard[0][3].summary()["probability"], heard[1][3].summary()["probability"])
+
+
+def test_capacity_with_padding_is_refused_where_the_number_of_tokens_is_not_known():
+    router, (x, mask) = make_router(eval_capacity_factor=1.0), padded()
+    with routing_mask(mask), pytest.raises(InputError, match="run this router eagerly"):
+        router._mix(x.flatten(0, 1), None, x.shape[:2], None, mask.flatten() > 0)
+
+
+def test_places_of_the_real_tokens_are_looked_up_once_for_all_layers():
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    padding = Padding(mask)
+    first = padding.positions(mask.shape, mask.device)
+    assert first.tolist() == [1, 2, 3, 4, 5]
+    assert padding.positions(mask.shape, mask.device) is first
+    mask[0, 0] = 1  # as a cache that grows in place does
+    assert padding.positions(mask.shape, mask.device) is None

@@ -16,10 +16,7 @@ DIM, HIDDEN = 6, 5
 
 def make_router(num_experts=3, expert="swiglu", pack=True, **options):
     torch.manual_seed(0)
-    router = MoERouter(DIM, num_experts, expert=expert, hidden_dim=HIDDEN, **options)
-    if pack:
-        router.pack()
-    return router
+    return MoERouter(DIM, num_experts, expert=expert, hidden_dim=HIDDEN, pack=pack, **options)
 
 
 def assert_packed(router):
@@ -56,8 +53,14 @@ def test_shapes_are_those_that_grouped_kernels_want():
     }
 
 
-def test_router_is_not_packed_unless_asked_for():
+def test_router_packs_what_it_builds_and_leaves_what_it_is_given():
     assert make_router(pack=False).packed_weights() is None
+    given = MoERouter(DIM, {"a": SwiGLU(DIM, HIDDEN), "b": SwiGLU(DIM, HIDDEN)})
+    assert given.packed_weights() is None
+    given.pack()
+    assert_packed(given)
+    with torch.device("meta"):
+        assert make_router().packed_weights() is None
 
 
 def test_output_gradients_and_training_are_the_same_bit_for_bit():

@@ -274,6 +274,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         balance = self.config.moe.balance_loss_coef if self.config.moe and labels is not None else 0.0
         listening = collect_aux_losses(self) if balance else nullcontext()
+        if past_key_values is not None and input_ids.shape[1] == 1:
+            mask = None  # what is generated is never padding
         with routing_mask(None if mask is None else mask[:, -input_ids.shape[1] :]), listening as aux:
             out = self.get_decoder()(
                 inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,

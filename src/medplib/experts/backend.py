@@ -14,13 +14,14 @@ atomically, so forward and backward are the same bit for bit in every run. Needs
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medplib import ops
+from medplib.experts.dispatch import groupable, is_captured, is_silu, mix_eager
 
 
 def register_backend(name: str = "medplib") -> str:
@@ -37,30 +38,28 @@ def experts_forward(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: 
     adds nothing. While torch.compile traces or a CUDA graph is captured, transformers' grouped_mm is used:
     the rows per expert cannot be read then.
     """
-    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_captured(x):
         return _interface()["grouped_mm"](module, x, top_k_index, top_k_weights)
-    order, counts = ops.sort_by_expert(top_k_index, module.num_experts)  # (R,), (E,)
-    rows = ops.permute(x, order, top_k_index.shape[1])  # (R, D)
     first, second = ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
     tables = [_per_expert(module, name) for name in (first, f"{first}_bias", second, f"{second}_bias")]
-    answers = []
-    for e, part in enumerate(rows.split(counts.tolist())):
-        if len(part):
-            answers.append(_run(module, part, *(table[e] for table in tables)))
-    if not answers:
-        return torch.zeros_like(x)
-    return ops.combine(torch.cat(answers), order, top_k_weights).to(x.dtype)  # (T, D)
+    experts = {str(e): partial(_run, module, tables=row) for e, row in enumerate(zip(*tables, strict=True))}
+    both = (module.gate_up_proj, module.down_proj) if _is_swiglu(module, x) else None
+    return mix_eager(x, top_k_index, top_k_weights, experts, both).to(x.dtype)  # (T, D)
 
 
-def _run(
-    module: Any,
-    rows: Tensor,
-    up: Tensor,
-    up_bias: Tensor | None,
-    down: Tensor,
-    down_bias: Tensor | None,
-) -> Tensor:
-    """One expert: rows (R, D) -> (R, D)."""
+def _is_swiglu(module: Any, x: Tensor) -> bool:
+    """Whether each expert is down(silu(gate(x)) * up(x)), the gate first, and nobody wants a gradient."""
+    if torch.is_grad_enabled() or not x.is_cuda or not module.has_gate or module.has_bias:
+        return False
+    if module.is_transposed or getattr(module, "has_post_expert_norm", False):
+        return False
+    default = getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
+    return default and is_silu(module.act_fn) and groupable(x, module.gate_up_proj)
+
+
+def _run(module: Any, rows: Tensor, tables: tuple[Tensor | None, ...]) -> Tensor:
+    """One expert, by its up and down weights and biases: rows (R, D) -> (R, D)."""
+    up, up_bias, down, down_bias = tables
     if module.is_transposed:
         up, down = up.T, down.T
     hidden = F.linear(rows, up, up_bias)  # (R, 2 * H), without a gate (R, H)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from medplib.errors import InputError
@@ -38,16 +37,6 @@ def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tupl
         if len({id(module) for module in experts.values()}) < len(names):
             raise InputError("Two experts are the same module; give each its own copy (copy.deepcopy).")
     return names
-
-
-def token_positions(mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    """Where the mask is True, in the flattened tokens: mask (...) -> (T,)."""
-    if mask.shape != shape and not (len(shape) == 1 and mask.numel() == shape[0]):
-        raise InputError(
-            f"The routing mask has shape {tuple(mask.shape)}, but the tokens have shape {tuple(shape)}; "
-            f"give one entry per token."
-        )
-    return mask.to(device).reshape(-1).ne(0).nonzero().squeeze(1)  # (T,)
 
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int, gate: nn.Module) -> None:

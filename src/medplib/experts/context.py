@@ -20,9 +20,9 @@ from medplib.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from medplib.experts.router import MoERouter, Routing
 
-_mask: ContextVar[Tensor | None] = ContextVar("medplib_routing_mask", default=None)
-_sources: ContextVar[dict[int, Callable[[], Choice]]] = ContextVar("medplib_forced_choices")
-_observers: ContextVar[tuple[Observer, ...]] = ContextVar("medplib_routing_observers", default=())
+_mask: ContextVar[Padding | None] = ContextVar("medplib_routing_mask", default=None)
+_sources: ContextVar[dict[int, Callable[[], Choice]] | None] = ContextVar("medplib_choices", default=None)
+_observers: ContextVar[tuple[Observer, ...] | None] = ContextVar("medplib_observers", default=None)
 
 
 class Choice(Protocol):
@@ -34,6 +34,33 @@ class Choice(Protocol):
         """The routing to be used in place of the gate's; `shape` and `kept` as an Observer gets them."""
 
 
+class Padding:
+    """A mask over tokens, True for the real ones; the device says once, for all layers, where they are."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._latest: tuple[tuple, Tensor | None] | None = None
+
+    def flat(self, shape: torch.Size, device: torch.device) -> Tensor:
+        """The mask over tokens of shape (...), flattened: (all tokens,) bool. InputError where it has another
+        shape."""
+        mask = self.mask
+        if mask.shape != shape and not (len(shape) == 1 and mask.numel() == shape[0]):
+            raise InputError(
+                f"The routing mask has shape {tuple(mask.shape)}, but the tokens have shape {tuple(shape)}; "
+                f"give one entry per token."
+            )
+        return mask.to(device).reshape(-1).ne(0)
+
+    def positions(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Where the real tokens are among all: (T,), or None when all of them are real."""
+        key = None if self.mask.is_inference() else (shape, device, self.mask._version)
+        if key is None or self._latest is None or self._latest[0] != key:
+            found = self.flat(shape, device).nonzero().squeeze(1)  # (T,)
+            self._latest = (key, None if len(found) == shape.numel() else found)
+        return self._latest[1]
+
+
 class Observer(Protocol):
     """Somebody who listens to routers; see `observe`."""
 
@@ -41,7 +68,8 @@ class Observer(Protocol):
         """One forward of one router: what it chose for the routed tokens (T of them).
 
         `shape` is the token shape (...) of its input; `kept` (T,) holds the positions of the routed tokens in
-        the flattened input when a mask excluded some, else None.
+        the flattened input when a mask excluded some, else None; compiled or captured forwards route padding
+        along, and `routing.real` says which tokens are none.
         """
 
 
@@ -60,7 +88,7 @@ def routing_mask(mask: Tensor | None) -> Iterator[None]:
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise InputError(f"routing_mask needs a tensor with one entry per token, or None; got {mask!r}.")
-    token = _mask.set(mask)
+    token = _mask.set(None if mask is None else Padding(mask))
     try:
         yield
     finally:
@@ -73,7 +101,7 @@ def choices_from(sources: dict[int, Callable[[], Choice]]) -> Iterator[None]:
 
     A source is asked once per forward. Of nested blocks the innermost that knows the router is asked.
     """
-    token = _sources.set({**_sources.get({}), **sources})
+    token = _sources.set({**(_sources.get() or {}), **sources})
     try:
         yield
     finally:
@@ -83,21 +111,22 @@ def choices_from(sources: dict[int, Callable[[], Choice]]) -> Iterator[None]:
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """Tell `observer` of every forward of every MoERouter inside. Nested blocks each hear everything."""
-    token = _observers.set((*_observers.get(), observer))
+    token = _observers.set((*(_observers.get() or ()), observer))
     try:
         yield
     finally:
         _observers.reset(token)
 
 
-def current_mask() -> Tensor | None:
+def current_mask() -> Padding | None:
     """The mask of the innermost `routing_mask`."""
     return _mask.get()
 
 
 def forced_choice(router: MoERouter) -> Choice | None:
     """What chooses the experts of this forward of the router instead of its gate, if anything."""
-    source = _sources.get({}).get(id(router))
+    sources = _sources.get()
+    source = None if sources is None else sources.get(id(router))
     return None if source is None else source()
 
 
@@ -111,7 +140,7 @@ def tell_observers(router: MoERouter, routing: Routing, shape: torch.Size, kept:
 
 def is_recomputation() -> bool:
     """Whether this forward runs inside a backward pass, which is where gradient checkpointing repeats it."""
-    return torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def named_routers(model: nn.Module) -> dict[str, MoERouter]:

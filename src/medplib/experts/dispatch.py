@@ -1,47 +1,250 @@
 """Giving tokens to their experts and adding up the answers: the part of a mixture that costs time.
 
-T tokens, D width, E experts, K experts per token, R rows given to experts.
+T tokens, D width, H hidden width, E experts, K experts per token, n = T*K assignments, R rows given to
+experts.
+
+Every way gives the same sum. Which one is taken:
+
+    few       on the CPU, n <= FEW: sorted on the host, where the operators would cost more than the experts
+    streamed  on CUDA, n <= STREAMED, packed SwiGLU experts, no gradient: one kernel that reads the chosen
+              experts' weights and no others
+    grouped   compiled, captured into a CUDA graph, or on CUDA with T < GROUPED: one grouped product for all
+              experts; the host never waits for a number
+    sorted    all else: one product per expert, on rows that lie together; a frozen expert's weight gradient
+              is not computed
+    everyone  compiled or captured, and experts that no grouped product takes: each expert on all tokens, its
+              answers masked; the price is E times the work
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medplib import ops
 from medplib.experts.checks import run_expert
+from medplib.ops.reference import precise_type
+
+FEW = 64
+STREAMED = 16
+GROUPED = 2048
+
+Experts = Mapping[str, Callable[[Tensor], Tensor]]  # in their order; modules, or anything that is called
+Packed = Callable[[], "dict[str, Tensor] | None"]
+
+# Classes whose forward is down(silu(gate(x)) * up(x)), by name because transformers need not be there.
+_SWIGLU = ("SwiGLU", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 
-def mix(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
+def mix(
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    modules: Mapping[str, nn.Module],
+    packed: Packed | None = None,
+) -> Tensor:
     """Sum over a token's experts of weight * expert(token): tokens (T, D), (T, K), (T, K) -> (T, D).
 
-    An index of E in `experts` adds nothing. Every expert runs once at most, on its rows in the order of the
-    tokens; one that has none does not run.
+    An index of E in `experts` adds nothing. Outside compiled and captured code every expert runs once at
+    most, on its rows in the order of the tokens, and one that has none does not run. packed: gives the
+    experts' packed weights, if they are (see packing.py).
     """
-    if len(tokens) == 1:
-        return _mix_one(tokens, experts, weights, modules)
-    order, counts = ops.sort_by_expert(experts, len(modules))  # (R,), (E,)
-    rows = ops.permute(tokens, order, experts.shape[1])  # (R, D)
-    answers = []
-    for (name, expert), part in zip(modules.items(), rows.split(counts.tolist()), strict=True):
-        if len(part):
-            answers.append(run_expert(expert, part, name))
+    if is_captured(tokens):
+        both = _swiglu_weights(tokens, modules, packed)
+        if both is None:
+            return _mix_everywhere(tokens, experts, weights, modules)
+        if experts.numel() <= STREAMED and tokens.is_cuda and not torch.is_grad_enabled():
+            return ops.decode_ffn(tokens, experts, weights, *both)
+        return _mix_grouped(tokens, experts, weights, *both)
+    both = None
+    if tokens.is_cuda and not torch.is_grad_enabled():
+        both = _swiglu_weights(tokens, modules, packed, stack=False)
+    return mix_eager(tokens, experts, weights, modules, both)
+
+
+def mix_eager(
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    modules: Experts,
+    both: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`mix` where the host may read numbers. both: the experts as one SwiGLU table, gate_up (E, 2H, D) and
+    down (E, D, H), where they are no more than that and nobody wants a gradient."""
+    if not tokens.is_cuda:
+        few = experts.numel() <= FEW and len(tokens)
+        return (_mix_few if few else _mix_sorted)(tokens, experts, weights, modules)
+    if both is not None and experts.numel() <= STREAMED:
+        return ops.decode_ffn(tokens, experts, weights, *both)
+    if both is not None and len(tokens) < GROUPED:
+        return _mix_grouped(tokens, experts, weights, *both)
+    return _mix_sorted(tokens, experts, weights, modules, both)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether this runs inside torch.compile or torch.export, or into a CUDA graph: nothing may be read."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _mix_sorted(
+    tokens: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    modules: Experts,
+    both: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """One product per expert. both: its SwiGLU weights (see `_swiglu_weights`), for use without gradients."""
+    plan = ops.plan(experts, len(modules))
+    counts = _read_later(plan.counts)
+    rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D), the dropped ones last
+    sizes = counts()
+    sizes.append(len(rows) - sum(sizes))
+    parts = rows.split(sizes)[:-1]
+    if both is not None:
+        joined = torch.empty_like(rows)
+        for part, out, gate_up, down in zip(parts, joined.split(sizes)[:-1], *both, strict=True):
+            torch.mm(ops.swiglu(F.linear(part, gate_up)), down.T, out=out)
+        return ops.combine(joined, plan.order, weights, plan.position)  # (T, D)
+    answers = [
+        run_expert(expert, part, name)
+        for (name, expert), part in zip(modules.items(), parts, strict=True)
+        if len(part)
+    ]
     if not answers:
         return torch.zeros_like(tokens)
-    return ops.combine(torch.cat(answers), order, weights)  # (T, D)
+    joined = torch.cat(answers) if len(answers) > 1 else answers[0]  # (R, D)
+    return ops.combine(joined, plan.order[: len(joined)], weights, plan.position)  # (T, D)
 
 
-def _mix_one(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
-    """The same for one token, as in generation, where sorting would cost more than the experts: (1, D)."""
-    names = list(modules)
+def _read_later(counts: Tensor) -> Callable[[], list[int]]:
+    """Start copying numbers to the host; calling the result waits for them. What is queued between the two
+    hides the wait."""
+    if not counts.is_cuda:
+        return counts.tolist
+    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    host.copy_(counts, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[int]:
+        done.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def _mix_few(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
+    """The same with the few assignments sorted on the host."""
+    num_tokens, k = experts.shape
+    members: list[list[int]] = [[] for _ in modules]
+    for assignment, expert in enumerate(experts.reshape(-1).tolist()):
+        if 0 <= expert < len(members):
+            members[expert].append(assignment)
+    called = [(name, part) for name, part in zip(modules, members, strict=True) if part]
+    if not called:
+        return torch.zeros_like(tokens)
+    if len(called) == 1 and k == 1 and len(called[0][1]) == num_tokens:  # all tokens, in their order
+        name = called[0][0]
+        answer = run_expert(modules[name], tokens, name)  # (T, D)
+        return (answer * weights).to(answer.dtype)
+    answers = []
+    for name, part in called:
+        rows = tokens if num_tokens == 1 else tokens[[assignment // k for assignment in part]]
+        answers.append(run_expert(modules[name], rows, name))  # (R_e, D)
+    rows = torch.cat(answers) if len(answers) > 1 else answers[0]  # (R, D)
+    place = {assignment: row for row, assignment in enumerate(a for _, part in called for a in part)}
     total = None
-    for choice, index in enumerate(experts[0].tolist()):
-        if index == len(names):
-            continue
-        answer = run_expert(modules[names[index]], tokens, names[index])  # (1, D)
-        term = weights[:, choice, None] * answer  # (1, D), in the wider of the two types
+    for choice in range(k):
+        index = [place.get(token * k + choice, -1) for token in range(num_tokens)]
+        term = weights[:, choice, None] * rows[index]  # (T, D), in the wider of the two types
+        if -1 in index:
+            nobody = torch.tensor(index, device=rows.device) < 0
+            term = term.masked_fill(nobody[:, None], 0)
         total = term if total is None else total + term
+    return total.to(rows.dtype)
+
+
+def _mix_grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The same with grouped products: gate_up (E, 2H, D), down (E, D, H); nothing is read on the host."""
+    plan = ops.plan(experts, len(gate_up))
+    rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D)
+    hidden = ops.swiglu(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=plan.ends))  # (n, H)
+    answers = F.grouped_mm(hidden, down.transpose(1, 2), offs=plan.ends)  # (n, D), garbage where dropped
+    return ops.combine(answers, plan.order, weights, plan.position)  # (T, D)
+
+
+def _mix_everywhere(
+    tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[str, nn.Module]
+) -> Tensor:
+    """The same with every expert on all tokens."""
+    total = tokens.new_zeros(tokens.shape, dtype=precise_type(tokens, weights))
+    kind = tokens.dtype
+    for index, (name, expert) in enumerate(modules.items()):
+        answer = run_expert(expert, tokens, name)  # (T, D)
         kind = answer.dtype
-    return torch.zeros_like(tokens) if total is None else total.to(kind)
+        chosen = experts == index  # (T, K)
+        share = weights.masked_fill(~chosen, 0).sum(dim=-1, keepdim=True)  # (T, 1)
+        total = total + (share * answer).masked_fill(~chosen.any(dim=-1, keepdim=True), 0)
+    return total.to(kind)
+
+
+def _swiglu_weights(
+    tokens: Tensor, modules: Mapping[str, nn.Module], packed: Packed | None, stack: bool = True
+) -> tuple[Tensor, Tensor] | None:
+    """gate_up (E, 2H, D) and down (E, D, H) if these are plain SwiGLU experts that a grouped product takes.
+
+    The packed ones without gradient; else, with `stack`, a copy through which gradients flow.
+    """
+    experts = list(modules.values())
+    if not all(_is_plain_swiglu(expert) for expert in experts):
+        return None
+    weights = experts[0].up_proj.weight  # (H, D)
+    if not groupable(tokens, weights) or len({expert.up_proj.weight.shape for expert in experts}) > 1:
+        return None
+    if packed is not None and not torch.is_grad_enabled() and (views := packed()) is not None:
+        return views["gate_up_proj.weight"], views["down_proj.weight"]
+    if not stack:
+        return None
+    gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
+    return gate_up, torch.stack([expert.down_proj.weight for expert in experts])
+
+
+def _is_plain_swiglu(expert: nn.Module) -> bool:
+    """Whether calling the expert would do no more than down(silu(gate(x)) * up(x)) with its own weights."""
+    if type(expert).__name__ not in _SWIGLU or expert._forward_hooks or expert._forward_pre_hooks:
+        return False
+    if not is_silu(getattr(expert, "act_fn", nn.SiLU())):
+        return False
+    layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
+    return all(
+        type(layer) is nn.Linear and layer.bias is None and not layer._forward_hooks for layer in layers
+    )
+
+
+def is_silu(activation: object) -> bool:
+    """Whether this is a module for x * sigmoid(x), torch's or transformers'."""
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def groupable(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether F.grouped_mm takes tokens (T, D) and weights (..., H, D) without waiting for the device."""
+    kind = tokens.dtype
+    if kind != weight.dtype or type(weight.data) is not Tensor:
+        return False
+    if torch.is_autocast_enabled(tokens.device.type):
+        return False
+    if any(size * kind.itemsize % 16 for size in weight.shape):
+        return False
+    if kind != torch.bfloat16:  # what grouped_mm takes everywhere, under torch.compile too
+        return False
+    # On other GPUs torch falls back to a loop that reads the offsets.
+    return not tokens.is_cuda or _generation(tokens.device.index) in (9, 10)
+
+
+@torch.compiler.assume_constant_result
+def _generation(device: int) -> int:
+    """The major compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)[0]

@@ -27,6 +27,8 @@ class Routing:
     logits (T, E) and probabilities (T, E) in float32, experts (T, K) the chosen ones, best first, and their
     weights (T, K). An index of E in `experts` means no expert.
     served (T, K) is `experts` with E where a capacity dropped the token; None when nothing was dropped.
+    real (T,) is False for padding that was routed along to no expert, as compiled and captured forwards do;
+    None when all T are tokens.
     """
 
     logits: Tensor
@@ -34,6 +36,17 @@ class Routing:
     experts: Tensor
     weights: Tensor
     served: Tensor | None = None
+    real: Tensor | None = None
+
+    def without_padding(self) -> Routing:
+        """The routing of the real tokens alone; reads the device where padding was routed along."""
+        if self.real is None:
+            return self
+        rows = self.real.nonzero().squeeze(1)
+        served = None if self.served is None else self.served[rows]
+        return Routing(
+            self.logits[rows], self.probabilities[rows], self.experts[rows], self.weights[rows], served
+        )
 
 
 class TopKGate(nn.Module):

@@ -85,10 +85,11 @@ class Heard:
 
     def balance(self) -> Tensor:
         """The balance loss, of first choices alone where the gate was published so."""
-        experts = self.routing.experts
+        routing = self.routing.without_padding()
+        experts = routing.experts
         if getattr(self.router.gate, "balances_first_choice", False):
             experts = experts[:, :1]
-        return balance_loss(self.routing.probabilities, experts)
+        return balance_loss(routing.probabilities, experts)
 
     def sequence(self) -> Tensor:
         """The balance loss per sequence; the last of the token dimensions is the sequence."""
@@ -96,13 +97,15 @@ class Heard:
         places = self.kept
         if places is None:
             places = torch.arange(self.shape.numel(), device=self.routing.experts.device)
+            places = places if self.routing.real is None else places[self.routing.real]
         sequences = places // max(length, 1)  # (T,)
         count = self.shape[:-1].numel()
-        return sequence_balance_loss(self.routing.probabilities, self.routing.experts, sequences, count)
+        routing = self.routing.without_padding()
+        return sequence_balance_loss(routing.probabilities, routing.experts, sequences, count)
 
     def z(self) -> Tensor:
         """The z-loss."""
-        return z_loss(self.routing.logits)
+        return z_loss(self.routing.without_padding().logits)
 
     def total(self) -> Tensor:
         """The sum, each multiplied by the router's coefficient."""

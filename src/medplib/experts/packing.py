@@ -7,9 +7,9 @@ E experts, D width, H hidden width.
     router.experts["vqa"].up_proj.weight               # (H, D), still a parameter of its own
 
 Packing changes where the numbers lie and nothing else: the parameters stay the same objects with their names,
-their requires_grad and their place in an optimiser. It is not the default, because views of one storage ask
-for care in one place: torch.save of a single expert writes the storage of all of them (safetensors and
-save_pretrained do not).
+their requires_grad and their place in an optimiser. A router packs what it builds; modules that it was given,
+whose storage others may share, only when asked. One place needs care: torch.save of a single expert writes
+the storage of all of them (safetensors and save_pretrained do not).
 """
 
 from __future__ import annotations
@@ -28,7 +28,47 @@ if TYPE_CHECKING:
 _PARTNER = {"gate_proj": "up_proj"}  # of equal shape, these become one matrix, as grouped kernels want them
 
 
-def pack_experts(router: MoERouter) -> None:
+class Packed:
+    """The packed tensors of a router's experts, and the parameters that are views of them.
+
+    `weights` looks whether they still are; torch.compile cannot see where a tensor lies, and is content with
+    the same parameters.
+    """
+
+    def __init__(self, router: MoERouter) -> None:
+        self.views = packed_views(router)
+        self.parameters = tuple(_base_parameters(router))
+        self.places = tuple(parameter.data_ptr() for parameter in self.parameters)
+
+    def weights(self, router: MoERouter) -> dict[str, Tensor] | None:
+        """{name: (E, ...)} as MoERouter.packed_weights gives them."""
+        current = _base_parameters(router)
+        if len(current) != len(self.parameters):
+            return None
+        if any(ours is not theirs for ours, theirs in zip(self.parameters, current, strict=True)):
+            return None
+        if not torch.compiler.is_compiling() and not self._in_place():
+            return None
+        return self.views
+
+    def _in_place(self) -> bool:
+        return all(
+            type(parameter.data) is Tensor and parameter.data_ptr() == place
+            for parameter, place in zip(self.parameters, self.places, strict=True)
+        )
+
+
+def _base_parameters(router: MoERouter) -> list[nn.Parameter]:
+    """Those of all experts, without LoRA's own."""
+    return [
+        parameter
+        for expert in router.experts.values()
+        for name, parameter in expert.named_parameters()
+        if ".lora_" not in name
+    ]
+
+
+def pack_experts(router: MoERouter) -> Packed:
     """Move the experts' parameters side by side, in place. See MoERouter.pack."""
     groups = _groups(router)
     for name, rows in groups.items():
@@ -41,6 +81,7 @@ def pack_experts(router: MoERouter) -> None:
                 for g, parameter in enumerate(row):
                     packed[e, g] = parameter
                     parameter.data = packed[e, g]
+    return Packed(router)
 
 
 def packed_views(router: MoERouter) -> dict[str, Tensor] | None:

@@ -11,6 +11,8 @@ expert (softmax over all experts, not renormalised): the published semantics of 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -21,9 +23,10 @@ from torch import Tensor, nn
 from medplib import ops
 from medplib.errors import InputError
 from medplib.experts.capacity import DROPS, limit
-from medplib.experts.checks import check_routing, expert_names, token_positions
+from medplib.experts.checks import check_routing, expert_names
 from medplib.experts.context import (
     Choice,
+    Padding,
     current_mask,
     forced_choice,
     is_recomputation,
@@ -31,11 +34,11 @@ from medplib.experts.context import (
     tell_observers,
     unknown_expert,
 )
-from medplib.experts.dispatch import mix
+from medplib.experts.dispatch import is_captured, mix
 from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
-from medplib.experts.packing import pack_experts, packed_views
+from medplib.experts.packing import Packed, pack_experts
 from medplib.registry import EXPERTS, GATES
 
 if TYPE_CHECKING:
@@ -63,6 +66,7 @@ class MoERouter(nn.Module):
                    see medplib.experts.deepspeed
     balance_loss_coef, sequence_loss_coef, z_loss_coef   what `collect_aux_losses(model).total()` multiplies
                    the losses with
+    pack           lay the weights of the experts that are built here side by side; see `pack`
 
     Each expert runs once, on the rows chosen for it and no others: T * K rows in all, no padding; an expert
     that nobody chose does not run. (Under DistributedDataParallel use find_unused_parameters=True for that
@@ -90,6 +94,7 @@ class MoERouter(nn.Module):
         balance_loss_coef: float = 0.0,
         sequence_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
+        pack: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
@@ -118,7 +123,8 @@ class MoERouter(nn.Module):
             raise InputError(
                 f"{type(gate).__name__} has a capacity of its own; give none to the router (see gate_args)."
             )
-        if not isinstance(experts, Mapping):
+        ours = not isinstance(experts, Mapping)
+        if ours:
             hidden_dim = 4 * dim if hidden_dim is None else hidden_dim
             experts = {name: EXPERTS.build(expert, dim, hidden_dim) for name in names}
         self.dim, self.parity = dim, parity
@@ -129,10 +135,13 @@ class MoERouter(nn.Module):
         self.gate = gate
         self.experts = nn.ModuleDict(experts)
         self.statistics: RoutingStatistics | None = None  # set by count_routing
-        self._pack = False
+        self._packed: Packed | None = None
         self.drop_noise = KeyedNoise(seed) if drop == "random" and limited and parity is None else None
+        if ours and pack and not any(parameter.is_meta for parameter in self.experts.parameters()):
+            with contextlib.suppress(InputError):  # a kind of expert whose weights cannot lie together
+                self.pack()
         # What surrounded the latest forward: the mask and a forced choice; see _surroundings.
-        self._latest: tuple[Tensor | None, Choice | None] = (None, None)
+        self._latest: tuple[Padding | None, Choice | None] = (None, None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,38 +169,80 @@ class MoERouter(nn.Module):
             raise InputError(f"MoERouter of width {self.dim} got a tensor of shape {tuple(x.shape)}.")
         if self.parity is not None and mask is not None:
             raise InputError(f"parity={self.parity!r} routes padding too, as published; give no mask.")
-        mask, choice = self._surroundings(mask)
+        padding, choice = self._surroundings(mask)
         tokens = x.reshape(-1, self.dim)  # (all tokens, D)
-        kept = None if mask is None else token_positions(mask, x.shape[:-1], x.device)  # (T,)
+        if padding is not None and is_captured(x):
+            out = self._mix(tokens, choice, x.shape[:-1], None, padding.flat(x.shape[:-1], x.device))
+            return out.view(x.shape)
+        kept = None if padding is None else padding.positions(x.shape[:-1], x.device)  # (T,)
         out = self._mix(tokens if kept is None else tokens.index_select(0, kept), choice, x.shape[:-1], kept)
         if kept is not None:
             out = out.new_zeros(tokens.shape).index_copy(0, kept, out)  # (all tokens, D)
         return out.view(x.shape)
 
     def _route(
-        self, tokens: Tensor, choice: Choice | None, shape: torch.Size, kept: Tensor | None
+        self,
+        tokens: Tensor,
+        choice: Choice | None,
+        shape: torch.Size,
+        kept: Tensor | None,
+        real: Tensor | None,
     ) -> Routing:
-        """What is decided for tokens (T, D): by the gate, then a forced choice, then the capacity."""
+        """What is decided for tokens (T, D): by the gate, then a forced choice, then the capacity.
+
+        real (T,): the rows may not be taken out, so those that are padding are sent to no expert.
+        """
+        if real is not None:
+            self._check_padding_along()
         routing = self.gate(tokens)
         check_routing(routing, len(tokens), self.num_experts, self.gate)
         if choice is not None:
             routing = choice(self, routing, shape, kept)
+        if real is not None:
+            nobody = ~real.unsqueeze(1)  # (T, 1)
+            return dataclasses.replace(
+                routing,
+                experts=routing.experts.masked_fill(nobody, self.num_experts),
+                weights=routing.weights.masked_fill(nobody, 0),
+                served=None
+                if routing.served is None
+                else routing.served.masked_fill(nobody, self.num_experts),
+                real=real,
+            )
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None or routing.served is not None or self.parity is not None:
             return routing
         capacity = max(ops.capacity_of(len(tokens), self.num_experts, factor), self.min_capacity)
         return limit(routing, self.num_experts, capacity, self.drop, self.drop_noise)
 
-    def _mix(self, tokens: Tensor, choice: Choice | None, shape: torch.Size, kept: Tensor | None) -> Tensor:
+    def _check_padding_along(self) -> None:
+        """Refuse, in compiled or captured code, what would count padding: how many tokens are real is not
+        known there."""
+        factor = self.capacity_factor if self.training else self.eval_capacity_factor
+        counts = self.training and getattr(self.gate, "bias", None) is not None
+        if factor is not None or counts or getattr(self.gate, "own_capacity", False):
+            raise InputError(
+                "A capacity, a load bias and experts that choose cannot leave padding out inside "
+                "torch.compile or a CUDA graph; run this router eagerly, or give it no mask."
+            )
+
+    def _mix(
+        self,
+        tokens: Tensor,
+        choice: Choice | None,
+        shape: torch.Size,
+        kept: Tensor | None,
+        real: Tensor | None = None,
+    ) -> Tensor:
         """tokens (T, D) -> (T, D), all of them routed."""
-        routing = self._route(tokens, choice, shape, kept)
+        routing = self._route(tokens, choice, shape, kept, real)
         tell_observers(self, routing, shape, kept)
         if self.statistics is not None:
             self.statistics.add(routing)
         experts = routing.experts if routing.served is None else routing.served  # (T, K)
-        return mix(tokens, experts, routing.weights, self.experts)  # (T, D)
+        return mix(tokens, experts, routing.weights, self.experts, self.packed_weights)  # (T, D)
 
-    def _surroundings(self, mask: Tensor | None) -> tuple[Tensor | None, Choice | None]:
+    def _surroundings(self, mask: Tensor | None) -> tuple[Padding | None, Choice | None]:
         """The mask and the forced choice of this forward.
 
         Gradient checkpointing repeats a forward during `backward`, when the `with` blocks around it have
@@ -205,7 +256,7 @@ class MoERouter(nn.Module):
                 outer = None
             if self.training or torch.is_grad_enabled():
                 self._latest = (outer, choice)
-        return (outer if mask is None else mask), choice
+        return (outer if mask is None else Padding(mask)), choice
 
     def init_expert(self, name: str, source: str | nn.Module) -> None:
         """Copy the weights of another expert, by name, or of a dense FFN into the expert called `name`."""
@@ -228,8 +279,7 @@ class MoERouter(nn.Module):
         from_pretrained or fully_shard they are apart, and `packed_weights` says so by None. See
         medplib.experts.packing. Raises InputError for experts that differ, before anything changes.
         """
-        pack_experts(self)
-        self._pack = True
+        self._packed = pack_experts(self)
 
     def packed_weights(self) -> dict[str, Tensor] | None:
         """The packed weights, (E, ...) each, without gradient and without a copy; None if they lie apart.
@@ -237,21 +287,26 @@ class MoERouter(nn.Module):
         {"gate_up_proj.weight": (E, 2 * H, D), "down_proj.weight": (E, D, H)} for SwiGLU experts. Of a layer
         with LoRA it is the base weight.
         """
-        return packed_views(self) if self._pack else None
+        return None if self._packed is None else self._packed.weights(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MoERouter:
         """Move or cast everything (called by .to() and the like), and pack again what was packed."""
         packed = self.packed_weights() is not None
         super()._apply(fn, recurse)
         if packed and not any(parameter.is_meta for parameter in self.parameters()):
-            pack_experts(self)
+            self.pack()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied or saved: not where the weights lie."""
+        return {**self.__dict__, "_packed": self.packed_weights() is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copied or loaded: pack again what was packed."""
-        super().__setstate__(state)
-        if self._pack and packed_views(self) is None:
-            pack_experts(self)
+        packed = state.get("_packed")
+        super().__setstate__({**state, "_packed": None})
+        if packed:
+            self.pack()
 
     def force(self, name: str) -> AbstractContextManager[None]:
         """`with router.force("vqa"):` sends every token to that expert, weighted by its own probability."""

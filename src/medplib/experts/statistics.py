@@ -54,6 +54,8 @@ class RoutingStatistics:
         if is_recomputation():
             return
         experts, scores = routing.experts, routing.probabilities.detach().float()  # (T, K), (T, E)
+        if routing.real is not None:  # padding has no probability, so it adds 0 to all sums
+            scores = scores.masked_fill(~routing.real.unsqueeze(1), 0)
         chosen = _count(experts, len(self.counts))
         self.counts += chosen
         if routing.served is not None:
@@ -65,7 +67,7 @@ class RoutingStatistics:
         self.margin += (best[:, 0] - best[:, 1]).sum()
         if len(self.recent) and len(experts):
             self._remember(experts)
-        self.tokens += len(experts)
+        self.tokens += len(experts) if routing.real is None else routing.real.sum()
 
     def _remember(self, experts: Tensor) -> None:
         size, width = self.recent.shape

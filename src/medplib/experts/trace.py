@@ -144,7 +144,10 @@ class RoutingTrace:
         for calls, chosen in ((layer.experts, routing.experts), (layer.served, served)):
             calls.append(_spread(chosen.masked_fill(chosen == nobody, -1), shape, kept, -1))
         layer.weights.append(_spread(routing.weights, shape, kept, float("nan")))
-        layer.probabilities.append(_spread(routing.probabilities, shape, kept, float("nan")))
+        scores = routing.probabilities
+        if routing.real is not None:
+            scores = scores.masked_fill(~routing.real.unsqueeze(1), float("nan"))
+        layer.probabilities.append(_spread(scores, shape, kept, float("nan")))
 
     def __getitem__(self, layer: str | int) -> LayerTrace:
         """A layer by name or by position (negative from the end)."""

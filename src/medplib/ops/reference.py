@@ -47,6 +47,8 @@ def gate_logits_backward(grad: Tensor, tokens: Tensor, weight: Tensor) -> tuple[
 
 def choose_top_k(scores: Tensor, k: int) -> Tensor:
     """scores (T, E) -> (T, K) int64, the best first; of equal scores the lowest index wins."""
+    if k == 1:
+        return scores.argmax(dim=-1, keepdim=True)  # the first of equal ones, as documented
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()  # (T, K)
 
 
