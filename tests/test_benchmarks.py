@@ -67,3 +67,12 @@ def test_generation_table_shows_that_a_mask_takes_no_second_pass(tmp_path):
     assert mask["forwards"] == mask["tokens"]
     assert mask["forwards_of_the_drawing"] == 0
     assert lines["batch of 8"]["ratio"] > 0
+
+
+def test_training_table_has_step_loader_and_memory(tmp_path):
+    lines = run("training.py", "--size tiny --rounds 3 --batch 2", tmp_path / "out.json")["lines"]
+    by_name = {line["what"]: line for line in lines}
+    assert by_name["step"]["of"] == "mixture / dense"
+    assert by_name["frozen"]["ratio"] > 0
+    assert by_name["loader"]["samples_per_second"] > 0
+    assert 0 < by_name["memory"]["frozen"] < 2 * by_name["memory"]["whole"]
