@@ -7,9 +7,10 @@
 T tokens, D width, H hidden width, E experts, K experts per token.
 
 Every peer's answer is first checked against a float32 reference, and a wrong one is not timed. Then come
-rounds: in each, every peer runs once on fresh input (with fresh weights on CUDA when few tokens would let the
-cache answer), in turn with the dense FFN; what is printed is the median over rounds of the ratio to the dense
-FFN of the same round. Rows given to experts are counted, not computed. Weights of "dense" are one expert's.
+rounds: in each, every peer runs once, in turn with the dense FFN of one expert's weights; what is printed is
+the median over rounds of the ratio to the dense FFN of the same round. With few tokens the place of the weights
+in memory alone moves a time by a tenth, so all peers are built anew several times. Rows given to experts are
+counted, not computed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peers import Weights, build_peers, reference
 from torch import Tensor, nn
 
+FEW, BUILDS = 64, 9  # below so many tokens, so many builds
 SPLITS = ("balanced", "80/20", "99/1", "all-one")
 
 
@@ -42,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", nargs="+", default=None, help="forward, train, frozen, graph (CUDA)")
     parser.add_argument("--only", nargs="+", help="words that a peer's name must hold")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--builds", type=int, help=f"sets of weights; default {BUILDS} below {FEW} tokens")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--deepspeed-pin", type=Path, help="folder of an unpacked deepspeed 0.13.1")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
@@ -183,8 +187,17 @@ def count_rows(peer: nn.Module, x: Tensor, training: bool) -> int | None:
     return sum(rows) if hooks else None
 
 
-def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
-    """One line per peer of one pass at one number of tokens."""
+@dataclass
+class Built:
+    """The peers of one set of weights: what a round runs, rows given to experts, who is absent and why."""
+
+    runs: dict[str, Callable[[], object]]
+    rows: dict[str, int | None]
+    absent: dict[str, str]
+
+
+def build(options: argparse.Namespace, count: int, kind: str) -> Built:
+    """Peers that give the right answer, ready to run."""
     device = torch.device(options.device)
     w = Weights.draw(options.dim, options.hidden, options.experts, options.top_k, device, options.dtype)
     peers, absent = build_peers(w, options.deepspeed_pin, options.only)
@@ -209,28 +222,44 @@ def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
             absent[name] = f"no CUDA graph: {str(error)[:100]}"
     if "dense" not in runs:
         raise SystemExit("the dense FFN itself could not be run")
-    least = 0.02 if count < 64 else 0.0
-    for run in runs.values():
-        timed(run, device, least)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in range(options.rounds):
+    return Built(runs, rows, absent)
+
+
+def time_rounds(built: Built, rounds: int, count: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each peer in each round."""
+    least = 0.02 if count < FEW else 0.0
+    names = list(built.runs)
+    for name in names:
+        timed(built.runs[name], device, least)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
         first = turn % len(names)  # none of them always comes first
         for name in names[first:] + names[:first]:
-            seconds[name].append(timed(runs[name], device, least))
-    base = seconds["dense"]
+            seconds[name].append(timed(built.runs[name], device, least))
+    return seconds
+
+
+def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
+    """One line per peer of one pass at one number of tokens, over all its builds."""
+    builds = options.builds or (BUILDS if count < FEW else 1)
+    seconds: dict[str, list[float]] = {}
+    for _ in range(builds):
+        built = build(options, count, kind)
+        rounds = max(1, -(-options.rounds // builds))
+        for name, values in time_rounds(built, rounds, count, torch.device(options.device)).items():
+            seconds.setdefault(name, []).extend(values)
     lines = []
     for name, values in seconds.items():
-        ratios = sorted(value / dense for value, dense in zip(values, base, strict=True))
+        ratios = sorted(value / dense for value, dense in zip(values, seconds["dense"], strict=True))
         lines.append(
             {
-                "pass": kind, "tokens": count, "peer": name, "rows": rows.get(name),
+                "pass": kind, "tokens": count, "peer": name, "rows": built.rows.get(name),
                 "ms": 1e3 * statistics.median(values), "ratio": statistics.median(ratios),
                 "low": ratios[len(ratios) // 4], "high": ratios[-1 - len(ratios) // 4],
             }
         )  # fmt: skip
-    lines += [{"pass": kind, "tokens": count, "peer": name, "absent": why} for name, why in absent.items()]
-    return lines
+    absent = built.absent.items()
+    return lines + [{"pass": kind, "tokens": count, "peer": name, "absent": why} for name, why in absent]
 
 
 def show(line: dict) -> None:
