@@ -47,7 +47,7 @@ def fork(out: Path, processes: int) -> list[int]:
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            quiet = os.open(os.devnull, os.O_WRONLY)
+            quiet = os.open(f"{out}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             code = 1
@@ -131,9 +131,11 @@ def main() -> None:
         by_itself = ended(children)
         if not by_itself:
             time.sleep(rng.uniform(0, 0.03) if aimed else 0)
+        patience = time.monotonic() + 60
+        while by_itself and time.monotonic() < patience and not all(ended([child]) for child in children):
+            time.sleep(0.1)
         for child in children:
-            if not by_itself:
-                os.kill(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)  # one that waits for another that failed
         codes = [os.waitpid(child, 0)[1] for child in children]
         if not by_itself:
             counts["kills"] += 1
@@ -149,7 +151,8 @@ def main() -> None:
             shutil.rmtree(out)
             number, before = number + 1, 0
         elif by_itself:
-            problems.append(f"a run ended by itself without a model, codes {codes}")
+            said = [Path(f"{out}-{rank}.txt").read_text()[-2000:] for rank in range(options.processes)]
+            problems += [f"a run ended by itself without a model, codes {codes}", *said]
             break
         print(f"\r{counts}  newest step {before}, problems {len(problems)}", end="", flush=True)
     print()
