@@ -8,8 +8,8 @@ T tokens, D width, H hidden width, E experts, K experts per token.
 
 Every peer's answer is first checked against a float32 reference, and a wrong one is not timed. Then come
 rounds: in each, every peer runs once, in turn with the dense FFN of one expert's weights; what is printed is
-the median over rounds of the ratio to the dense FFN of the same round. With few tokens the place of the weights
-in memory alone moves a time by a tenth, so all peers are built anew several times. Rows given to experts are
+the median over rounds of the ratio to the dense FFN of the same round. With few tokens the weights' place in
+memory alone moves a time by a tenth, so all peers are built anew several times. Rows given to experts are
 counted, not computed.
 """
 
