@@ -81,8 +81,8 @@ def modality_of(words: str | None) -> str | None:
 
 
 def spoken(name: str) -> str:
-    """A class name as one says it: without "union_" and underscores."""
-    return name.removeprefix("union_").replace("_", " ").strip()
+    """A class name as one says it: "union_lung_tumor" -> "lung tumor"."""
+    return re.sub(r"[\s_]+", " ", name.removeprefix("union_")).strip()
 
 
 def class_names(data: bytes) -> dict[str, dict[int, str]]:

@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from medplib.data.builder.words import SIDES, clean_name, is_abnormal
+from medplib.data.builder.words import SIDES, is_abnormal
+from medplib.data.names import spoken
 from medplib.data.questions import UNLABELLED
 from medplib.data.samples import ImageSample
 from medplib.errors import InputError
@@ -48,12 +49,12 @@ class AbsencePolicy:
         self.scope = scope
         self.drawn: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for sample in samples:
-            names = {clean_name(structure.name) for structure in sample.structures}
+            names = {spoken(structure.name) for structure in sample.structures}
             self.drawn[self._key(sample)] |= names
-        self.vocabulary = vocabulary and {k: {clean_name(n) for n in v} for k, v in vocabulary.items()}
+        self.vocabulary = vocabulary and {k: {spoken(n) for n in v} for k, v in vocabulary.items()}
         self.unsure = {k: set(v) for k, v in UNLABELLED.items()}
         for dataset, names in (unsure or {}).items():
-            self.unsure.setdefault(dataset, set()).update(clean_name(name) for name in names)
+            self.unsure.setdefault(dataset, set()).update(spoken(name) for name in names)
 
     def absent(self, sample: ImageSample, seen: Sequence[str]) -> list[str]:
         """Names surely absent from the image, sorted; `seen` are names that it shows, however small."""
@@ -61,7 +62,7 @@ class AbsencePolicy:
         if self.vocabulary:
             names &= self.vocabulary.get(sample.dataset, set())
         names -= self.unsure.get(sample.dataset, set())
-        there = [*seen, *(clean_name(structure.name) for structure in sample.structures)]
+        there = [*seen, *(spoken(structure.name) for structure in sample.structures)]
         return sorted(name for name in names if not any(_unsure_beside(name, o) for o in there))
 
     def _key(self, sample: ImageSample) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from medplib.data.builder.components import component_sizes
-from medplib.data.builder.words import area, clean_name, is_abnormal, percent, plural
+from medplib.data.builder.words import area, is_abnormal, percent, plural
+from medplib.data.names import spoken
 from medplib.data.questions import MIN_PIXELS
 from medplib.data.samples import ImageSample
 from medplib.prompts.types import Box
@@ -157,7 +158,7 @@ def image_facts(
     found: dict[str, list[tuple[np.ndarray, Path | None]]] = {}
     tiny = []
     for number, structure in enumerate(sample.structures):
-        name = clean_name(structure.name)
+        name = spoken(structure.name)
         try:
             mask = sample.load_mask(number)
         except (OSError, ValueError) as error:

@@ -26,11 +26,6 @@ _MASSES = {
 SIDES = ("left", "right")
 
 
-def clean_name(name: str) -> str:
-    """A class name of a data set as it is written in a sentence: "union_lung_tumor" -> "lung tumor"."""
-    return re.sub(r"[\s_]+", " ", name.removeprefix("union_")).strip()
-
-
 def is_abnormal(name: str) -> bool:
     """Whether the name means a finding (see ABNORMAL)."""
     return bool(ABNORMAL.search(name))
