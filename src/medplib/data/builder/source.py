@@ -20,8 +20,8 @@ class SAMed2DFolder(Sequence[ImageSample]):
 
     Several instances of a class are several structures of one name. A `union_` class loses that word, and is
     left out where the image has the class itself. Images of KNOWN_BAD sets are left out (`skipped` counts
-    them). Raises InputError for a folder without the index files, an unknown modality prefix, or a class number
-    that the mapping does not know; the pixels themselves are not looked at.
+    them). Raises InputError for a folder without the index files, an unknown modality prefix, or a class
+    number that the mapping does not know; the pixels themselves are not looked at.
     """
 
     def __init__(self, root: str | Path) -> None:
