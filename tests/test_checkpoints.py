@@ -297,7 +297,8 @@ def test_a_dense_published_run_loads(folder, load, model, golden):
         assert torch.equal(value, model.state_dict()[theirs]), name
 
 
-def test_a_llava_checkpoint_becomes_a_start(folder, load, recorded):
+@pytest.mark.parametrize("kind", ["llava_llama", "llava_mistral"])  # LLaVA 1.5, LLaVA-Med 1.5
+def test_a_llava_checkpoint_becomes_a_start(folder, load, recorded, kind):
     words = recorded.dims["seg_token_idx"]
 
     def change(state):
@@ -308,8 +309,9 @@ def test_a_llava_checkpoint_becomes_a_start(folder, load, recorded):
 
     change_weights(folder, change)
     (folder / "added_tokens.json").unlink()
-    change_config(folder, model_type="llava_llama", vocab_size=words, moe=None)
+    change_config(folder, model_type=kind, vocab_size=words, moe=None)
     start = load()
+    assert start.config.text_config.model_type == kind.removeprefix("llava_")
     rows = start.get_input_embeddings().weight
     assert len(rows) == recorded.dims["vocab"]
     torch.testing.assert_close(rows[words], rows[:words].mean(0))
