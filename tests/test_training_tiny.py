@@ -148,3 +148,42 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(training):
     name = "seg_projector.0.weight"
     middle = torch.lerp(weights["mixture"][name], weights["absence"][name], tiny.ABSENCE_SHARE)
     torch.testing.assert_close(model.state_dict()[name], middle, atol=1e-3, rtol=1e-3)
+
+
+def test_until_ends_with_foundations_on_which_the_recipe_trains_its_stages(training, tmp_path, monkeypatch):
+    from medplib.training import load_recipe, train
+
+    runs = [tiny.dataclasses.replace(r, steps=1, batch_size=1, per_image=1) for r in training.runs]
+    for name, value in {"runs": runs, "until": "words", "out": tmp_path / "foundations"}.items():
+        monkeypatch.setattr(training, name, value)
+    training.out.mkdir()
+    training.train()
+    assert not (training.out / "align").exists()
+    changes = {"model": str(training.out / "words"), "out": str(tmp_path / "stages"), "sample_steps": 0}
+    changes |= {"workers": 0, "micro_batch": 1}
+    for stage in load_recipe("tiny-whole").stages:
+        changes |= {f"stages.{stage}.steps": 1, f"stages.{stage}.batch_size": 1}
+    results = train(load_recipe("tiny-whole", changes))
+    assert [result.name for result in results] == ["align", "vqa", "grounding", "mixture", "absence"]
+    for result in results:
+        assert {"vision_tower", "mask_encoder"} <= set(result.frozen)
+
+
+def test_the_recipe_and_the_loops_agree():
+    from medplib.training import load_recipe
+
+    recipe = load_recipe("tiny-whole")
+    for run in (run for run in tiny.recipe() if run.stage is not None):
+        stage = recipe.stage(run.name)
+        assert (stage.steps, stage.batch_size) == (run.steps, run.batch_size)
+        assert stage.learning_rate == run.learning_rate
+        assert set(stage.train) == set(run.stage.train)
+        (source,) = recipe.sources(run.name).values()
+        assert source.options["tasks"] == pytest.approx(run.questions)
+        assert source.options["per_image"] == run.per_image
+        assert source.options.get("removal", 0.0) == run.removal
+
+
+def test_a_run_that_is_none_is_refused(tmp_path):
+    with pytest.raises(InputError, match="until must be one of towers, tables, words"):
+        tiny.TinyTraining(tmp_path, until="wrods")

@@ -28,6 +28,7 @@ from medplib.configuration import MedPLIBConfig
 from medplib.data.mini import load_mini
 from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import UNLABELLED, QuestionMaker
+from medplib.errors import InputError
 from medplib.experts.upcycle import assemble_mixture
 from medplib.modeling import MedPLIB
 from medplib.processing import PROCESSOR_FILE, MedPLIBProcessor
@@ -173,10 +174,21 @@ def tiny_config(vocab_size: int, seg_id: int, moe: bool = False) -> MedPLIBConfi
 class TinyTraining:
     """All loops of one output folder."""
 
-    def __init__(self, out: Path, scale: float = 1.0, workers: int = 1, device: str | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        scale: float = 1.0,
+        workers: int = 1,
+        device: str | None = None,
+        until: str | None = None,
+    ) -> None:
         self.out, self.workers = out, workers
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.runs = recipe(scale)
+        names = [run.name for run in self.runs]
+        if until is not None and until not in names:
+            raise InputError(f"until must be one of {', '.join(names)}; got {until!r}.")
+        self.until = until
         self.samples = load_mini(split="train")
         phantoms = [make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16)]
         self.vocabulary: dict[str, set[str]] = {}
@@ -198,7 +210,10 @@ class TinyTraining:
         return model
 
     def train(self) -> MedPLIB:
-        """Run what is not finished; the result is in the folder "final", in half precision."""
+        """Run what is not finished; the result is in the folder "final", in half precision.
+
+        With `until`, that run is the last, and its model in the folder of its name is the result.
+        """
         folders = {run.name: self.out / run.name for run in self.runs}
         model = self.new_model()
         for run in self.runs:
@@ -210,12 +225,14 @@ class TinyTraining:
                 processor = model.processor
                 model = MedPLIB.from_pretrained(folder)
                 model.processor = processor
-                continue
-            start = time.time()
-            self.train_one(run, model.to(self.device), folder)
-            model.to("cpu").save_pretrained(folder)
-            (folder / "state.pt").unlink(missing_ok=True)
-            log.info("%s: finished in %.0f s", run.name, time.time() - start)
+            else:
+                start = time.time()
+                self.train_one(run, model.to(self.device), folder)
+                model.to("cpu").save_pretrained(folder)
+                (folder / "state.pt").unlink(missing_ok=True)
+                log.info("%s: finished in %.0f s", run.name, time.time() - start)
+            if run.name == self.until:
+                return model
         return self.finish(folders["mixture"], folders["absence"])
 
     def finish(self, mixture: Path, absence: Path) -> MedPLIB:
@@ -346,6 +363,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "--out", type=Path, required=True, help="folder for checkpoints and logs (continued if there)"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of steps")
+    parser.add_argument(
+        "--until",
+        default=None,
+        help="the last run, such as words: the foundations of `medplib train tiny-whole`",
+    )
     parser.add_argument("--workers", type=int, default=1, help="data loader processes")
     parser.add_argument("--device", default=None)
     options = parser.parse_args(arguments)
@@ -354,7 +376,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
         handlers=[logging.StreamHandler(), logging.FileHandler(options.out / "train.log")],
     )  # fmt: skip
-    TinyTraining(options.out, options.scale, options.workers, options.device).train()
+    TinyTraining(options.out, options.scale, options.workers, options.device, options.until).train()
 
 
 if __name__ == "__main__":
