@@ -1,7 +1,7 @@
 """Time the operators of routing one by one, beside the same done with plain PyTorch calls.
 
     python benchmarks/operators.py                        # CPU
-    MEDPLIB_OPS=auto python benchmarks/operators.py --device cuda     # compiled kernels, as CUDA graphs
+    python benchmarks/operators.py --device cuda          # compiled kernels, as CUDA graphs
 
 T tokens, D width, H hidden width, E experts, K experts per token.
 

@@ -1,6 +1,6 @@
 """What only a GPU can show: the bits of the CPU, graphs, streams, no waiting; skipped where there is none.
 
-With MEDPLIB_OPS at its default, PyTorch's operators run here; the first test then runs this file and
+With MEDPLIB_OPS=off, PyTorch's operators run here; unless it is cpu, the first test runs this file and
 test_ops.py once more with the compiled ones.
 """
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 HERE = Path(__file__).parent
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 compiled_only = pytest.mark.skipif(
-    os.environ.get("MEDPLIB_OPS", "off") == "off", reason="the compiled kernels are off (MEDPLIB_OPS)"
+    os.environ.get("MEDPLIB_OPS") == "off", reason="the compiled kernels are off (MEDPLIB_OPS)"
 )
 
 
@@ -34,7 +34,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.cpu(), right.cpu())
 
 
-@pytest.mark.skipif(os.environ.get("MEDPLIB_OPS", "off") != "off", reason="the compiled kernels run already")
+@pytest.mark.skipif(os.environ.get("MEDPLIB_OPS") == "cpu", reason="the compiled kernels run already")
 def test_everything_holds_with_the_compiled_kernels():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "test_ops.py", __file__],

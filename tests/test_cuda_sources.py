@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medplib.ops import _build
+from medplib.ops import _build, _trial
 
 HERE = Path(__file__).parent
 LONG = ("every_run", "finite_differences", "opcheck", "wrong_arguments")  # long here, or no matter of kernels
@@ -54,9 +54,7 @@ def library(tmp_path_factory):
     return path
 
 
-@pytest.mark.skipif(
-    os.environ.get("MEDPLIB_OPS", "off") != "off", reason="shown by the run with MEDPLIB_OPS=off"
-)
+@pytest.mark.skipif(os.environ.get("MEDPLIB_OPS") == "cpu", reason="shown by the run without it")
 def test_cuda_kernels_pass_the_tests_of_the_operators(library):
     tests = [str(HERE / "test_ops.py"), "-q", "-x", "-p", "no:cacheprovider"]
     chosen = "cpu and " + " and ".join(f"not {name}" for name in LONG)
@@ -67,3 +65,9 @@ def test_cuda_kernels_pass_the_tests_of_the_operators(library):
         text=True,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+
+
+def test_cuda_kernels_pass_the_trial_before_their_first_use(library, tmp_path):
+    """As on a GPU, where it decides whether they are used."""
+    _trial.try_once("cpu", library, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cuda_on_cpu-cpu.tried"]

@@ -2,10 +2,13 @@
 
 Nothing here raises for want of a compiler or a device. The variable MEDPLIB_OPS chooses:
 
-    off       (default, until the CUDA kernels have run on a GPU) PyTorch everywhere
-    auto      CUDA kernels at the first use on a GPU, compiled then if need be; PyTorch on the CPU
+    auto      (default) CUDA kernels at the first use on a GPU, compiled then if need be; PyTorch on the CPU
     cpu       the same, and the C++ kernels on the CPU, from the import on
     prebuilt  like auto, but never calls a compiler
+    off       PyTorch everywhere
+
+Before CUDA kernels are used on a kind of GPU for the first time, a process of its own compares each with
+PyTorch's operator (`_trial.py`); if one differs, PyTorch's run and `status()` says why.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _state = _State()
 
 def mode() -> str:
     """The value of MEDPLIB_OPS, checked."""
-    value = os.environ.get("MEDPLIB_OPS") or "off"
+    value = os.environ.get("MEDPLIB_OPS") or "auto"
     if value not in MODES:
         raise InputError(f"MEDPLIB_OPS must be one of {', '.join(MODES)}; got {value!r}.")
     return value
@@ -84,6 +87,10 @@ def _load(device: str) -> None:
             _state.reasons[device] = "no library was built ahead of time (MEDPLIB_OPS=prebuilt)"
             return
         path = _build.build(device)
+    if device == "cuda":
+        from medplib.ops._trial import try_once
+
+        try_once(device, path, _build.cache_folder())
     torch.ops.load_library(path)
     if not _state.paths:
         from medplib.ops.library import count_operations
@@ -105,9 +112,9 @@ def _describe(device: str) -> str:
     if device in _state.reasons:
         return f"PyTorch ({_state.reasons[device]})"
     if device == "cpu":
-        return "PyTorch (the default; MEDPLIB_OPS=cpu takes the C++ kernels)"
+        return "PyTorch (MEDPLIB_OPS=cpu takes the C++ kernels)"
     if mode() == "off":
-        return "PyTorch (MEDPLIB_OPS is off, the default; auto takes the CUDA kernels)"
+        return "PyTorch (MEDPLIB_OPS is off)"
     import torch
 
     if not torch.cuda.is_available():
