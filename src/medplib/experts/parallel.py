@@ -4,7 +4,7 @@ T tokens of a process, D width, E experts, K experts per token, W processes, L =
 R rows that a process sends, S rows that it gets.
 
     mesh = init_device_mesh("cuda", (8,))
-    distribute_experts(model, mesh)          # after loading; process p keeps the experts p * L to (p + 1) * L - 1
+    distribute_experts(model, mesh)          # after loading; process p keeps experts p * L to (p + 1) * L - 1
     ignore_experts_in_ddp(model)
     model = DistributedDataParallel(model)
     ...
@@ -79,8 +79,8 @@ class Exchange:
         """tokens (T, D), experts (T, K), weights (T, K) -> (T, D); an index of E adds nothing."""
         if is_captured(tokens):
             raise InputError(
-                "Distributed experts exchange rows whose number is known only when they run; that cannot be "
-                "inside torch.compile or a CUDA graph. Run this model eagerly, or gather_experts(model) first."
+                "Distributed experts exchange rows whose number is known only when they run; that cannot "
+                "be inside torch.compile or a CUDA graph. Run this eagerly, or gather_experts(model) first."
             )
         plan = ops.plan(experts, len(modules))
         local = dict(self.own(modules))
@@ -168,8 +168,9 @@ def distribute_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     mesh: one dimension of W processes, all with the same weights, which call this together. Parameters that
     stay are the same objects, without the memory they shared when they were packed; make the optimiser
-    afterwards. Raises InputError, before anything changes, for another mesh, E that W does not divide, and
-    weights that are quantised, sharded, on the meta device or on another kind of device than the mesh.
+    afterwards. A model may be distributed on the CPU and moved to the mesh's device then. Raises InputError,
+    before anything changes, for another mesh, E that W does not divide, and weights that are quantised,
+    sharded or on the meta device.
     """
     routers = distributable(model, mesh)
     for router in routers:
@@ -206,10 +207,10 @@ def distributable(model: nn.Module, mesh: DeviceMesh) -> list[MoERouter]:
                 f"processes; use a mesh whose size divides {router.num_experts}."
             )
         for name, parameter in router.experts.named_parameters():
-            if type(parameter.data) is not Tensor or parameter.device.type != mesh.device_type:
+            if type(parameter.data) is not Tensor or parameter.is_meta:
                 raise InputError(
-                    f"{name} of {label} is a {type(parameter.data).__name__} on {parameter.device}; only "
-                    f"plain weights on the mesh's device, {mesh.device_type}, can be distributed."
+                    f"{name} of {label} is a {type(parameter.data).__name__} on {parameter.device}; only plain "
+                    f"loaded weights can be distributed: before quantising or sharding, after loading."
                 )
     return [router for _, router in routers]
 
@@ -280,7 +281,7 @@ def gather_experts(model: nn.Module) -> nn.Module:
                     )
                 found.append((router, name, expert, table))
     for router, name, expert, table in found:
-        device = torch.device(router.exchange.mesh.device_type)
+        device = next(router.parameters()).device
         expert.to_empty(device=device).train(router.training)
         for key, tensor in _tensors(expert).items():
             tensor.data, trains = table[key][0].to(device), table[key][2]
@@ -298,7 +299,9 @@ def _distributed(model: nn.Module) -> dict[str, MoERouter]:
     """The routers whose experts are distributed. InputError if there are none."""
     routers = {name: router for name, router in named_routers(model).items() if router.exchange is not None}
     if not routers:
-        raise InputError(f"No experts of this {type(model).__name__} are distributed; distribute_experts does.")
+        raise InputError(
+            f"No experts of this {type(model).__name__} are distributed; distribute_experts does."
+        )
     return routers
 
 
@@ -311,7 +314,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _receive(router: MoERouter, name: str, keep: bool = True) -> dict[str, tuple[Tensor, bool, bool]]:
-    """{key: (tensor, whether it is saved, whether it trains)} of an expert, from the process that holds it."""
+    """{key: (tensor, whether it is saved, whether it trains)} of an expert, from its process."""
     exchange = router.exchange
     owner = router.index_of(name) // exchange.share
     device = torch.device(exchange.mesh.device_type)
