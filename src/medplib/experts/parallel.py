@@ -209,8 +209,8 @@ def distributable(model: nn.Module, mesh: DeviceMesh) -> list[MoERouter]:
         for name, parameter in router.experts.named_parameters():
             if type(parameter.data) is not Tensor or parameter.is_meta:
                 raise InputError(
-                    f"{name} of {label} is a {type(parameter.data).__name__} on {parameter.device}; only plain "
-                    f"loaded weights can be distributed: before quantising or sharding, after loading."
+                    f"{name} of {label} is a {type(parameter.data).__name__} on {parameter.device}; only "
+                    f"plain weights can be distributed: after loading, before quantising or sharding."
                 )
     return [router for _, router in routers]
 
