@@ -24,7 +24,7 @@ STAGE = {
 }
 
 
-def launch(arguments, processes=2):
+def launch(arguments, processes=2, script=SCRIPT):
     """As torchrun starts them, without its start-up time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -35,7 +35,7 @@ def launch(arguments, processes=2):
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}  # fmt: skip
         running.append(
             subprocess.Popen(
-                [sys.executable, SCRIPT, json.dumps(arguments)],
+                [sys.executable, script, json.dumps(arguments)],
                 env={**os.environ, **{k: str(v) for k, v in env.items()}},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
+from medplib.experts.context import named_routers
 from medplib.experts.packing import pack_mixtures
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
@@ -227,6 +228,10 @@ class LoadingMixin:
             raise InputError("A quantised model is not saved; save the plain one and quantise on loading.")
         if kwargs.pop("push_to_hub", False):
             raise InputError("save_pretrained does not upload; call model.push_to_hub('owner/name') instead.")
+        if "state_dict" not in kwargs and any(r.exchange is not None for r in named_routers(self).values()):
+            raise InputError(
+                "Other processes hold some of the experts; give state_dict=gathered_state_dict(model)."
+            )
         folder = Path(save_directory)
         if folder.is_file():
             raise InputError(f"{str(save_directory)!r} is a file; give the path of a folder to save to.")

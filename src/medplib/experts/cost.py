@@ -132,13 +132,15 @@ class CostReport:
 def measure_cost(model: nn.Module) -> Iterator[CostReport]:
     """Count what the routers of `model` cost inside the block; read the report after it.
 
-    Raises InputError if the model has no MoERouter.
+    Raises InputError if the model has no MoERouter, or if its experts are spread over processes.
     """
     routers = named_routers(model)
     if not routers:
         raise InputError(
             f"There is no MoERouter in this {type(model).__name__}, so there is nothing to measure."
         )
+    if any(router.exchange is not None for router in routers.values()):
+        raise InputError("The experts are spread over processes; gather_experts(model), then measure.")
     report = CostReport(routers)
     hooks = []
     for name, router in routers.items():

@@ -43,6 +43,7 @@ from medplib.registry import EXPERTS
 
 if TYPE_CHECKING:
     from medplib.experts.cost import CostReport
+    from medplib.experts.parallel import Exchange
     from medplib.experts.statistics import RoutingStatistics
 
 __all__ = ["MoERouter", "Routing", "TopKGate", "force_expert", "routing_mask"]
@@ -134,6 +135,7 @@ class MoERouter(nn.Module):
         self.gate = gate
         self.experts = nn.ModuleDict(experts)
         self.statistics: RoutingStatistics | None = None  # set by count_routing
+        self.exchange: Exchange | None = None  # set by distribute_experts
         self._packed: Packed | None = None
         self.drop_noise = KeyedNoise(seed) if drop == "random" and limited and parity is None else None
         if ours and pack and not any(parameter.is_meta for parameter in self.experts.parameters()):
@@ -239,6 +241,8 @@ class MoERouter(nn.Module):
         if self.statistics is not None:
             self.statistics.add(routing)
         experts = routing.experts if routing.served is None else routing.served  # (T, K)
+        if self.exchange is not None:
+            return self.exchange(tokens, experts, routing.weights, self.experts)  # (T, D)
         return mix(tokens, experts, routing.weights, self.experts, self.packed_weights)  # (T, D)
 
     def _surroundings(self, mask: Tensor | None) -> tuple[Padding | None, Choice | None]:
