@@ -19,11 +19,11 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from clock import clock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medplib.configuration import MedPLIBConfig
@@ -92,16 +92,6 @@ class Prompt:
     def __init__(self, rows: int, length: int, device: str) -> None:
         ids = torch.randint(3, 31000, (rows, length), device=device)
         self.tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def clock(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def generate(model, prompt: Prompt, new: int) -> None:

@@ -16,13 +16,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clock import clock
 from torch import Tensor
 
 from medplib import ops
@@ -202,16 +202,6 @@ def prepare(run: Callable[[int], object], device: str) -> Callable[[], object]:
     return graph.replay
 
 
-def clock(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / CALLS
-
-
 @torch.no_grad()
 def measure(options: argparse.Namespace, count: int) -> list[dict]:
     lines = []
@@ -226,7 +216,8 @@ def measure(options: argparse.Namespace, count: int) -> list[dict]:
         for run in runs.values():
             clock(run, options.device)
         rounds = [
-            {name: clock(run, options.device) for name, run in runs.items()} for _ in range(options.rounds)
+            {name: clock(run, options.device) / CALLS for name, run in runs.items()}
+            for _ in range(options.rounds)
         ]
         ours = statistics.median(one["ours"] for one in rounds)
         line = {

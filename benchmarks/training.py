@@ -21,12 +21,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import clock
 from torch.utils.data import DataLoader
 
 from medplib.loading import read_config, resolve_model
@@ -115,16 +115,6 @@ def stepper(model: MedPLIB, batch: dict[str, Any], dtype: torch.dtype) -> Callab
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def clock(run: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def prepared(size: str, mixture: bool, frozen: str | None, options: argparse.Namespace) -> Callable[[], None]:
