@@ -190,6 +190,7 @@ def test_optional_part_may_be_missing(net):
         ({"betas": (0.9, 1.0)}, "betas must be"),
         ({"warmup": -0.1}, "warmup must be"),
         ({"precision": "int8"}, "precision must be"),
+        ({"decay": "cosin"}, "decay must be linear, cosine or constant"),
     ],
 )
 def test_wrong_setting_fails_where_it_is_made(changes, message):

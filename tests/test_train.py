@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import subprocess
 import sys
 import time
@@ -88,6 +89,42 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(noisy_folder, tm
         load_file(tmp_path / name / "mixture" / "model" / "model.safetensors") for name in ("whole", "cut")
     ]
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
+def test_the_rate_warms_up_and_decays_as_the_stage_says(tiny_folder, tmp_path, decay):
+    run(
+        tiny_folder,
+        tmp_path,
+        stage={"steps": 8, "warmup": 1.0, "decay": decay, "batch_size": 6},
+        micro_batch=6,
+    )
+    rates = [line["learning_rate"] for line in log_lines(tmp_path) if "learning_rate" in line]
+    warm, left = 2, 6  # 12 records, 6 at a time: an epoch has two steps
+    fall = {
+        "linear": lambda x: 1 - x,
+        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+        "constant": lambda x: 1.0,
+    }[decay]
+    wanted = [1e-2 * (i / warm if i < warm else fall((i - warm) / left)) for i in range(8)]
+    assert rates == pytest.approx(wanted)
+
+
+def test_an_interpolated_model_lies_between_the_start_and_what_was_trained(tiny_folder, tmp_path):
+    (whole,) = run(tiny_folder, tmp_path / "whole")
+    (part,) = run(tiny_folder, tmp_path / "part", stage={"interpolate": 0.25})
+    start = MedPLIB.from_pretrained(tiny_folder).state_dict()
+    end, between = (MedPLIB.from_pretrained(r.folder).state_dict() for r in (whole, part))
+    moved = [k for k in start if not torch.equal(start[k], end[k])]
+    assert any("q_proj" in k for k in moved)  # where LoRA was merged
+    assert "seg_projector.0.weight" in moved
+    for k, before in start.items():
+        if k in moved:
+            torch.testing.assert_close(between[k], before + 0.25 * (end[k] - before))
+        else:
+            assert torch.equal(between[k], before)
+    with pytest.raises(CheckpointError, match="another interpolate"):
+        run(tiny_folder, tmp_path / "part", stage={"interpolate": 0.5})
 
 
 def log_lines(out, stage="mixture"):

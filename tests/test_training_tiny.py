@@ -1,5 +1,6 @@
 """The recipe of medplib-tiny at a few steps: keyed data, resume, stages, and the mixture put together."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,9 +12,9 @@ from medplib.data.mini import load_mini
 from medplib.data.questions import UNLABELLED, QuestionMaker
 from medplib.data.removal import crop_away, fill_lungs, take_out
 from medplib.errors import InputError
-from medplib.training import tiny
-from medplib.training.conversations import QuestionBatch
-from medplib.training.labelled import LabelledImages
+from medplib.training import load_recipe, tiny
+from medplib.training.conversations import QuestionDraws, TextBatch
+from medplib.training.labelled import SHARES, LabelledImages
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def training(tmp_path_factory):
 
 def images(training, **changes):
     settings = {"steps": 3, "batch_size": 3, "seed": 7, "table": 0.5, "removal": 0.5} | changes
-    return LabelledImages(training.samples, tiny.SHARES, **settings)
+    return LabelledImages(training.samples, SHARES, **settings)
 
 
 def test_a_step_draws_the_same_images_whatever_was_drawn_before(training):
@@ -48,11 +49,11 @@ def test_questions_never_call_an_unlabelled_structure_absent(training):
 
 
 def test_every_answer_has_as_many_masks_as_seg_tokens(training):
-    make = QuestionBatch(None, training.maker, tiny.ALL, 6)
+    draws = QuestionDraws(training.maker, tiny.WORDS)
     rng = np.random.default_rng(0)
     for item in images(training, batch_size=12)[0]:
         for _ in range(12):
-            question = make.draw(item, rng)
+            question = draws(item, rng)
             assert len(question.masks) == question.answer.count("<SEG>")
             assert all(m.any() for m in question.masks)
             if question.task in ("grounding", "presence") and not question.answer.startswith(("No", "There")):
@@ -90,10 +91,10 @@ def test_a_stopped_run_continues_to_the_same_weights(training, tmp_path):
     def run(folder, steps):
         torch.manual_seed(0)
         model = training.new_model()
-        settings = tiny.Run("words", steps, 2, 1e-3, tiny.ALL, 2)
+        settings = tiny.Run("words", steps, 2, 1e-3)
         model.requires_grad_(False)
         model.language_model.requires_grad_(True)
-        make = QuestionBatch(model.processor, training.maker, tiny.ALL, 2, images=False)
+        make = TextBatch(model.processor, QuestionDraws(training.maker, tiny.WORDS), 2)
         data = images(training, steps=steps, batch_size=2, make=make)
         tiny.loop(settings, model, lambda b: model(**b).losses, tiny.LOSSES, data, folder, "cpu", 0, keep=2)
         return model.state_dict()
@@ -126,11 +127,31 @@ def _interrupted_after(steps, call):
         torch.optim.AdamW.step = original
 
 
-def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(training):
-    training.runs = [tiny.dataclasses.replace(r, steps=1, batch_size=1, per_image=1) for r in training.runs]
-    model = training.train()
+@pytest.fixture
+def rehearsal(training, monkeypatch):
+    """Every run is one step on one image."""
+    runs = [dataclasses.replace(run, batch_size=1) for run in tiny.FOUNDATIONS]
+    monkeypatch.setattr(tiny, "FOUNDATIONS", tuple(runs))
+    monkeypatch.setattr(tiny, "PER_IMAGE", 1)
+    monkeypatch.setattr(tiny, "shortened", lambda steps, scale: 1)
+
+    def load(name, changes=None):
+        recipe = load_recipe(name, changes)
+        small = {f"stages.{stage}.batch_size": 1 for stage in recipe.stages}
+        small |= {f"stages.{stage}.warmup": 0 for stage in recipe.stages}  # it begins with a rate of 0
+        return load_recipe(name, {**(changes or {}), **small, "micro_batch": 1, "sample_steps": 0})
+
+    monkeypatch.setattr(tiny, "load_recipe", load)
+    return training
+
+
+def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
+    model = rehearsal.train()
+    out = rehearsal.out
     assert model.config.moe.experts == ["grounding", "vqa"]
-    weights = {r.name: load_file(training.out / r.name / "model.safetensors") for r in training.runs}
+    stages = ("align", "vqa", "grounding", "mixture", "absence")
+    weights = {name: load_file(out / name / "model" / "model.safetensors") for name in stages}
+    weights["words"] = load_file(out / "words" / "model.safetensors")
 
     def moved(before, after, prefix):
         keys = [k for k in weights[after] if k.startswith(prefix)]
@@ -145,45 +166,18 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(training):
     assert not moved("vqa", "grounding", "language_model.model.embed_tokens.")
     assert not moved("vqa", "grounding", "projector.")
     assert moved("mixture", "absence", "language_model.model.layers.0.mlp.gate.")
-    name = "seg_projector.0.weight"
-    middle = torch.lerp(weights["mixture"][name], weights["absence"][name], tiny.ABSENCE_SHARE)
-    torch.testing.assert_close(model.state_dict()[name], middle, atol=1e-3, rtol=1e-3)
+    released = load_file(out / "final" / "model.safetensors")
+    assert {t.dtype for t in released.values() if t.is_floating_point()} == {torch.float16}
+    assert all(torch.equal(released[k], v.to(released[k].dtype)) for k, v in weights["absence"].items())
+
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    again = rehearsal.train()  # what is finished is not done again
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    assert [path for path in times if times[path] != kept[path]] == [out / "final" / "model.safetensors"]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
 
 
-def test_until_ends_with_foundations_on_which_the_recipe_trains_its_stages(training, tmp_path, monkeypatch):
-    from medplib.training import load_recipe, train
-
-    runs = [tiny.dataclasses.replace(r, steps=1, batch_size=1, per_image=1) for r in training.runs]
-    for name, value in {"runs": runs, "until": "words", "out": tmp_path / "foundations"}.items():
-        monkeypatch.setattr(training, name, value)
-    training.out.mkdir()
-    training.train()
-    assert not (training.out / "align").exists()
-    changes = {"model": str(training.out / "words"), "out": str(tmp_path / "stages"), "sample_steps": 0}
-    changes |= {"workers": 0, "micro_batch": 1}
-    for stage in load_recipe("tiny-whole").stages:
-        changes |= {f"stages.{stage}.steps": 1, f"stages.{stage}.batch_size": 1}
-    results = train(load_recipe("tiny-whole", changes))
-    assert [result.name for result in results] == ["align", "vqa", "grounding", "mixture", "absence"]
-    for result in results:
-        assert {"vision_tower", "mask_encoder"} <= set(result.frozen)
-
-
-def test_the_recipe_and_the_loops_agree():
-    from medplib.training import load_recipe
-
-    recipe = load_recipe("tiny-whole")
-    for run in (run for run in tiny.recipe() if run.stage is not None):
-        stage = recipe.stage(run.name)
-        assert (stage.steps, stage.batch_size) == (run.steps, run.batch_size)
-        assert stage.learning_rate == run.learning_rate
-        assert set(stage.train) == set(run.stage.train)
-        (source,) = recipe.sources(run.name).values()
-        assert source.options["tasks"] == pytest.approx(run.questions)
-        assert source.options["per_image"] == run.per_image
-        assert source.options.get("removal", 0.0) == run.removal
-
-
-def test_a_run_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match="until must be one of towers, tables, words"):
-        tiny.TinyTraining(tmp_path, until="wrods")
+def test_words_are_learned_from_the_questions_of_all_stages():
+    source = load_recipe("tiny-whole").data["all"]
+    assert source.options["tasks"] == tiny.WORDS
+    assert source.options["per_image"] == tiny.PER_IMAGE

@@ -64,7 +64,8 @@ class Stage:
     epochs, steps  the length; `steps`, if given, is what StageSchedule goes by
     batch_size     samples per optimiser step, over all devices
     max_length     tokens per sample
-    warmup         linear warm-up, as a share of one epoch; then linear decay to 0
+    warmup         linear warm-up, as a share of one epoch
+    decay          of the learning rate after it: "linear" or "cosine", to 0, or "constant"
     clip           largest norm of the gradient
     """
 
@@ -82,6 +83,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup: float = 0.01
+    decay: str = "linear"
     clip: float = 1.0
     precision: str = "bf16"
     seed: int = 42
@@ -117,8 +119,12 @@ class Stage:
         if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
             raise self._wrong("betas", "two numbers from 0 up to 1")
         object.__setattr__(self, "betas", betas)
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise self._wrong("precision", "fp32, bf16 or fp16")
+        for key, known in (
+            ("precision", ("fp32", "bf16", "fp16")),
+            ("decay", ("linear", "cosine", "constant")),
+        ):
+            if getattr(self, key) not in known:
+                raise self._wrong(key, f"{', '.join(known[:-1])} or {known[-1]}")
 
     def _names(self, key: str) -> tuple[str, ...]:
         value = getattr(self, key)

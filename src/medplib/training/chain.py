@@ -51,6 +51,7 @@ _SAME_RUN = (
     "mixture",
     "order",
     "frozen",
+    "interpolate",
 )  # what a snapshot must share with its run
 
 
@@ -115,7 +116,8 @@ def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
     say = progress if main else None
     manifest = manifest_of(final)
     if manifest is not None:
-        _check_same(manifest, {"stage": _plain_stage(recipe.stage(name))}, final)
+        told = {"stage": _plain_stage(recipe.stage(name)), "interpolate": recipe.stages[name].interpolate}
+        _check_same(manifest, told, final)
         if say:
             say(f"stage {name}: done before, {final}")
         return StageResult(name, final, None, manifest["parts"], manifest.get("routing"))
@@ -186,6 +188,7 @@ def prepare_stage(
         "data": {key: fingerprint(r) for key, r in records.items()},
         "frozen": frozen.total,
         "parts": frozen.by_part(),
+        "interpolate": recipe.stages[name].interpolate,
         "recipe": recipe.to_dict(),
         "versions": versions(),
     }  # fmt: skip
@@ -223,6 +226,9 @@ def finish_stage(
             model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         prepared.frozen.check(model)
         merge_lora(model)
+        share = recipe.stages[prepared.stage.name].interpolate
+        if share is not None:
+            interpolate(model, start_model(recipe, prepared.stage.name)[0], share)
         model.to("cpu", getattr(torch, recipe.dtype)).eval()
         model.requires_grad_(True)
         staging = begin(final)
@@ -232,6 +238,15 @@ def finish_stage(
         seal(staging, final, {**prepared.facts, "step": trainer.state.global_step, "routing": routing})
     if trainer.args.world_size > 1:
         torch.distributed.barrier()
+
+
+@torch.no_grad()
+def interpolate(model: MedPLIB, start: MedPLIB, share: float) -> None:
+    """Set each number of `model`, in place, `share` of the way from that in `start` to its own."""
+    before = start.state_dict()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[name].to(value), value, share))
 
 
 # -- small things --------------------------------------------------------------------------------------------

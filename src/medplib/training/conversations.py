@@ -1,8 +1,9 @@
-"""Labelled images -> questions -> the tensors a stage trains on; and the texts for a tokenizer."""
+"""Labelled images -> questions about them; and the texts that a language model and a tokenizer start with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
@@ -13,40 +14,17 @@ from medplib.processing import MedPLIBProcessor, Sample
 from medplib.training.labelled import Labelled
 
 
-class QuestionBatch:
-    """Draws `per_image` questions about each image by the shares in `mix` (task: share), and processes them.
+class QuestionDraws:
+    """Draws questions about labelled images by the shares in `mix` (task: share)."""
 
-    images=False leaves the pictures, regions and masks away: text alone, for a language model that starts
-    from nothing.
-    """
-
-    def __init__(
-        self,
-        processor: MedPLIBProcessor,
-        maker: QuestionMaker,
-        mix: dict[str, float],
-        per_image: int,
-        images: bool = True,
-    ) -> None:
-        self.processor, self.maker, self.per_image, self.images = processor, maker, per_image, images
-        self.tasks, shares = list(mix), np.array(list(mix.values()))
+    def __init__(self, maker: QuestionMaker, mix: dict[str, float]) -> None:
+        self.maker, self.tasks, shares = maker, list(mix), np.array(list(mix.values()))
         self.shares = shares / shares.sum()
 
-    def __call__(self, items: Sequence[Labelled], rng: np.random.Generator) -> dict[str, Tensor]:
-        samples = []
-        for item in items:
-            for _ in range(self.per_image):
-                question = self.draw(item, rng)
-                turns = [(_as_typed(rng, question.question), question.answer)]
-                if self.images:
-                    samples.append(Sample([item.image], turns, question.prompts, masks=question.masks))
-                else:
-                    samples.append(Sample([], turns))
-        tensors = self.processor(samples, training=True).tensors if self.images else self._text(samples)
-        return tensors
-
-    def _text(self, samples: list[Sample]) -> dict[str, Tensor]:
-        return self.processor._pad([self.processor.encode(s, training=True) for s in samples], training=True)
+    def __call__(self, item: Labelled, rng: np.random.Generator) -> Question:
+        """One question about `item`, as people type it."""
+        question = self.draw(item, rng)
+        return replace(question, question=_as_typed(rng, question.question))
 
     def draw(self, item: Labelled, rng: np.random.Generator) -> Question:
         """One question about `item`; a task that it cannot serve falls back to the modality or absence."""
@@ -78,6 +56,19 @@ class QuestionBatch:
             return self.maker.several(rng, [(item.names[i], item.masks[i]) for i in chosen], sorted(extra))
         i = int(rng.integers(present))
         return self.maker.grounding(rng, item.names[i], item.masks[i], item.modality)
+
+
+class TextBatch:
+    """Images -> tensors of `per_image` conversations about each, without pictures, regions and masks: for a
+    language model that starts from nothing."""
+
+    def __init__(self, processor: MedPLIBProcessor, draws: QuestionDraws, per_image: int) -> None:
+        self.processor, self.draws, self.per_image = processor, draws, per_image
+
+    def __call__(self, items: Sequence[Labelled], rng: np.random.Generator) -> dict[str, Tensor]:
+        drawn = [self.draws(item, rng) for item in items for _ in range(self.per_image)]
+        samples = [Sample([], [(question.question, question.answer)]) for question in drawn]
+        return self.processor._pad([self.processor.encode(s, training=True) for s in samples], training=True)
 
 
 def _as_typed(rng: np.random.Generator, question: str) -> str:

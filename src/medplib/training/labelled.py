@@ -21,6 +21,11 @@ from medplib.data.simulate import simulate_pet
 from medplib.errors import InputError
 
 SIMULATED = ("phantoms", "pet")
+SHARES = {
+    "ChestCT": 0.30, "MNI152": 0.20, "BrainT1c": 0.12, "FluoNuclei": 0.12, "ColonIHC": 0.06, "HistoHE": 0.07,
+    "RetinaCC0": 0.06, "phantoms": 0.06, "pet": 0.02,
+}  # fmt: skip
+"""The share of each data set in what medplib-tiny is trained on."""
 
 
 @dataclass(frozen=True)

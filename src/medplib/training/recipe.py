@@ -51,6 +51,8 @@ class StageChanges:
     start: the model it begins with: an earlier stage, or anything MedPLIB.from_pretrained takes; by default
     the stage before it. experts: {expert: stage} makes a mixture of dense stages first; all that is no
     expert comes from the stage of "vqa" (or of the last one named), the mask side from that of "grounding".
+    interpolate: the model kept lies this share of the way from the one the stage began with to the one it
+    trained (WiSE-FT, Wortsman et al., CVPR 2022): less of what is new, and less of what is old forgotten.
     """
 
     base: str | None = None
@@ -67,11 +69,19 @@ class StageChanges:
     betas: list[float] | None = None
     weight_decay: float | None = None
     warmup: float | None = None
+    decay: str | None = None
     clip: float | None = None
     precision: str | None = None
     seed: int | None = None
     start: str | None = None
     experts: dict | None = None
+    interpolate: float | None = None
+
+    def __post_init__(self):
+        if self.interpolate is not None and not 0 < self.interpolate <= 1:
+            raise InputError(
+                f"interpolate must be above 0 and at most 1, got {self.interpolate}; 1 keeps what trained."
+            )
 
     def apply(self, name: str) -> Stage:
         """The Stage called `name`. Raises InputError or UnknownNameError."""

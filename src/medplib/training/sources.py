@@ -67,14 +67,14 @@ class MiniQuestions:
         table: float = 0.5,
         removal: float = 0.0,
     ) -> None:
-        from medplib.training.conversations import QuestionBatch
+        from medplib.training.conversations import QuestionDraws
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
                          "table": table, "removal": removal}  # fmt: skip
         mix = _task_shares(tasks)
         shares = None if weights is None else tuple(sorted(weights.items()))
         self.images, vocabulary, count = _mini_images(split, shares, table, removal)
-        self.questions = QuestionBatch(None, QuestionMaker(vocabulary), mix, per_image)
+        self.questions = QuestionDraws(QuestionMaker(vocabulary), mix)
         self.per_image, self.length, self.split = per_image, per_epoch or count, split
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class MiniQuestions:
         image = (Held(item.image),)
         records = []
         for _ in range(self.per_image):
-            q = self.questions.draw(item, rng)
+            q = self.questions(item, rng)
             question = q.question
             if q.prompts and "<region>" not in question:
                 question = f"{question} <region>"
@@ -118,8 +118,7 @@ class MiniQuestions:
 @lru_cache(maxsize=4)
 def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float):
     """The images of a split, read once for all sources; {structure: its data sets}; how many there are."""
-    from medplib.training.labelled import LabelledImages
-    from medplib.training.tiny import SHARES
+    from medplib.training.labelled import SHARES, LabelledImages
 
     samples = load_mini(split=split)
     vocabulary: dict[str, set[str]] = {}

@@ -265,7 +265,7 @@ def load_trained(model: nn.Module, path: Path) -> None:
 def arguments(
     recipe: Recipe, stage: Stage, model: nn.Module, batches: StepBatches, folder: Path
 ) -> TrainingArguments:
-    """The stage as transformers' TrainingArguments: AdamW, warm-up, linear decay to 0."""
+    """The stage as transformers' TrainingArguments: AdamW, warm-up, decay."""
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     checkpointing = (
         "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
@@ -281,7 +281,7 @@ def arguments(
         "weight_decay": stage.weight_decay,
         "optim": "adamw_torch",
         "max_grad_norm": stage.clip,
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": {"constant": "constant_with_warmup"}.get(stage.decay, stage.decay),
         "warmup_steps": round(stage.warmup * batches.steps_per_epoch),
         "seed": stage.seed,
         "bf16": stage.precision == "bf16",
