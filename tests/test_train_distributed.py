@@ -1,4 +1,4 @@
-"""Two processes on one machine (gloo): DDP and FSDP2 learn what one process learns."""
+"""Two processes on one machine (gloo): DDP, FSDP2 and DeepSpeed learn what one process learns."""
 
 import json
 import os
@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from training_run import recipe, records
 
+from medplib.errors import InputError
 from medplib.training.chain import train
+from medplib.training.trainer import check_deepspeed
 
 SCRIPT = Path(__file__).with_name("training_run.py")
 STAGE = {
@@ -58,15 +60,15 @@ def losses(out):
     return [line for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strategy):
-    arguments = {
-        "model": str(tiny_folder),
-        "out": str(tmp_path),
-        "micro_batch": 1,
-        "stage": STAGE,
-        "strategy": strategy,
-    }
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed"])
+def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strategy, monkeypatch):
+    arguments = {"model": str(tiny_folder), "out": str(tmp_path), "micro_batch": 1, "stage": STAGE}
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (pip install deepspeed)")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        arguments["deepspeed"] = str(deepspeed_file(tmp_path, {"stage": 1}))
+    else:
+        arguments["strategy"] = strategy
     launch(arguments)
     one, two = losses(alone[0]), losses(tmp_path)
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], rel=1e-4)
@@ -83,10 +85,46 @@ def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strat
         torch.testing.assert_close(
             found[key], value, atol=2e-4, rtol=1e-3, msg=lambda m, key=key: f"{key}: {m}"
         )
-    if strategy == "fsdp2":  # stopped after step 2, continued from its shards
+    if strategy != "ddp":  # stopped after step 2, continued from its shards
         again = tmp_path / "again"
         shutil.copytree(tmp_path, again, ignore=shutil.ignore_patterns("model", "step-00000003"))
         launch({**arguments, "out": str(again)})
         assert [line["step"] for line in losses(again)] == [1, 2, 3]
         resumed = load_file(again / "mixture" / "model" / "model.safetensors")
         assert all(torch.equal(value, resumed[key]) for key, value in found.items())
+
+
+def deepspeed_file(folder, zero):
+    path = folder / "zero.json"
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    content = {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    content |= dict.fromkeys(automatic, "auto")
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("zero", "processes", "refused"),
+    [
+        ({"stage": 2}, 2, "ZeRO stage 2 with overlap_comm None on 2 processes"),
+        ({"stage": 1, "overlap_comm": True}, 2, "stage 1 with overlap_comm True on 2"),
+        ({"stage": 3}, 4, "strategy=fsdp2"),
+        ({"stage": 2}, 1, None),
+        ({"stage": 1}, 2, None),
+        ({}, 2, None),
+    ],
+)
+def test_a_zero_stage_that_would_mix_gradients_up_is_refused(tmp_path, zero, processes, refused):
+    path = str(deepspeed_file(tmp_path, zero))
+    if refused is None:
+        check_deepspeed(path, processes)
+    else:
+        with pytest.raises(InputError, match=refused):
+            check_deepspeed(path, processes)
+
+
+def test_a_deepspeed_file_that_is_none_is_one_clear_error(tmp_path):
+    (tmp_path / "zero.json").write_text("{stage: 1")
+    for name in ("zero.json", "lost.json"):
+        with pytest.raises(InputError, match=f"{name}.*is no DeepSpeed configuration"):
+            check_deepspeed(str(tmp_path / name), 1)

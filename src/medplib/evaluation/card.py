@@ -192,7 +192,8 @@ sources and licences in its NOTICE), on procedural phantoms and on PET simulated
 First "towers", "tables" and "words" stand in for the pretrained CLIP, SAM-Med2D and LLaMA weights that the
 published model starts from: image encoders and mask decoder by structure names, the language model by text
 alone. Then `medplib train` runs the four stages align, vqa, grounding and mixture by the recipe `tiny-whole`,
-where parts train in full instead of through LoRA, because at this size LoRA saves nothing. The image encoders stay frozen through the four stages.
+where parts train in full instead of through LoRA, because at this size LoRA saves nothing. The image encoders
+stay frozen through the four stages.
 
 The recipe was changed twice after a look at test results. "tables" (training CT with drawn patient tables)
 was added because masks leaked under the table of the test CT, which differs from that of the one training

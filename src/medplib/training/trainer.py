@@ -7,6 +7,7 @@ DeepSpeed, the loop itself) is left to it.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,9 @@ class StageTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             self._not_finite("loss", {k: v.item() for k, v in outputs.losses.items()})
         self._note(outputs, inputs["labels"], tasks, counts)
+        if self.is_deepspeed_enabled and self.args.world_size > 1:
+            # It reduces the gradients that are there: every process must have the same ones.
+            loss = loss + 0.0 * sum(p.sum() for p in model.parameters() if p.requires_grad)
         if self._divides:
             loss = loss * self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
@@ -301,6 +305,8 @@ def arguments(
         f"{checkpointing}_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
         "deepspeed": recipe.deepspeed,
     }
+    if recipe.deepspeed is not None:
+        check_deepspeed(recipe.deepspeed, batches.world)
     if recipe.strategy == "fsdp2" and batches.world > 1 and not recipe.deepspeed:
         layer = type(decoder_layers(model.language_model)[0]).__name__
         settings |= {"fsdp": True, "fsdp_config": {
@@ -320,3 +326,24 @@ def arguments(
         raise InputError(
             f"Stage '{stage.name}' cannot be trained here: {' '.join(str(error).split())}"
         ) from error
+
+
+def check_deepspeed(path: str, processes: int) -> None:
+    """Raise InputError for a file that cannot be read, or a ZeRO stage that would mix gradients up.
+
+    ZeRO 2 and 3, and overlap_comm, reduce gradients in the order in which they arrive, and gather weights as
+    modules run. Both differ between processes here: an expert that one chose and another did not, a batch
+    without masks.
+    """
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        zero = content.get("zero_optimization", {})
+        stage, overlap = zero.get("stage", 0), zero.get("overlap_comm")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"deepspeed: {path!r} is no DeepSpeed configuration in JSON: {error}") from error
+    if processes > 1 and (stage not in (0, 1) or overlap not in (None, False)):
+        raise InputError(
+            f"deepspeed: {path!r} asks for ZeRO stage {stage} with overlap_comm {overlap} on {processes} "
+            "processes, where experts and masks that one process lacks would mix gradients up; use stage 1 "
+            "without overlap_comm, or strategy=fsdp2, which shards weights and gradients, too."
+        )
