@@ -57,7 +57,19 @@ def test_every_way_gives_the_slow_sum_and_its_gradients(way, num_tokens, top_k):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_grouped_products_give_the_slow_sum_and_its_gradients():
+def test_grouped_products_of_any_size_give_the_slow_sum_and_its_gradients():
+    tokens, experts, weights, modules = draw(30, 2, torch.float64)
+    out = dispatch._mix_grouped(tokens, experts, weights, *dispatch._swiglu_weights(tokens, modules, None))
+    wanted = slow(tokens, experts, weights, modules)
+    torch.testing.assert_close(out, wanted)
+    inputs = (tokens, weights, *modules.parameters())
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x.square().sum(), inputs) for x in (out, wanted)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_grouped_products_in_bfloat16_give_the_slow_sum_and_its_gradients():
     tokens, experts, weights, modules = draw(30, 2, torch.bfloat16, 16, 24)
     gate_up, down = dispatch._swiglu_weights(tokens, modules, None)
     out = dispatch._mix_grouped(tokens, experts, weights, gate_up, down)
@@ -102,6 +114,8 @@ def test_expert_with_a_hook_or_an_activation_of_its_own_is_called_and_not_bypass
     assert dispatch._swiglu_weights(tokens, modules, None) is None
     hook.remove()
     assert dispatch._swiglu_weights(tokens.float(), modules, None) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch._swiglu_weights(tokens, modules, None) is None
     modules["expert_1"].act_fn = nn.GELU()
     assert dispatch._swiglu_weights(tokens, modules, None) is None
     del modules["expert_1"].act_fn
@@ -149,6 +163,21 @@ def test_compiled_router_with_experts_of_any_kind_is_one_graph():
     router = MoERouter(DIM, {"a": nn.Linear(DIM, DIM), "b": nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh())})
     x = torch.randn(20, DIM)
     torch.testing.assert_close(compiled(router)(x), router(x))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_compiled_experts_get_their_own_rows_and_no_others(kind, tokens):
+    router = MoERouter(16, 2, hidden_dim=24).to(kind).eval()
+    x, run = torch.randn(tokens, 16).to(kind), compiled(router)
+    with torch.no_grad():
+        run(x)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            run(x)
+    products = [event.input_shapes for event in profile.events() if event.name in ("aten::mm", "aten::addmm")]
+    for weight in ([16, 48], [24, 16]):  # of the gate and up projections together, of the down projection
+        assert sum(shapes[0][0] for shapes in products if shapes[1] == weight) == tokens
+    assert len(products) <= 1 + 4  # the router's gate, and two of each expert
 
 
 def test_packed_weights_are_used_by_compiled_code_and_follow_the_parameters():

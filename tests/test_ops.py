@@ -72,7 +72,7 @@ def setting(case: str, dtype: torch.dtype, device: str = "cpu") -> dict:
         "tokens": random(tokens, dim), "weight": random(experts, dim), "rows": random(tokens * k, dim),
         "residual": random(tokens, dim), "gate_up": random(experts, 2 * hidden, dim),
         "down": random(experts, dim, hidden), "experts": kept, "weights": chosen.weights.to(precise),
-        "order": plan.order, "position": plan.position, "k": k, "num_experts": experts,
+        "order": plan.order, "position": plan.position, "ends": plan.ends, "k": k, "num_experts": experts,
     }  # fmt: skip
 
 
@@ -407,6 +407,33 @@ def test_kernels_take_tensors_that_are_not_contiguous_or_not_aligned(place, dtyp
             torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_product_is_each_experts_product_with_its_rows(case, dtype):
+    given = setting(case, dtype)
+    rows, weights, ends = given["rows"], given["gate_up"], given["ends"].tolist()
+    out = ops.grouped_mm(rows, weights, given["ends"])
+    for weight, start, end in zip(weights, [0, *ends], ends, strict=False):
+        assert same(out[start:end], rows[start:end] @ weight.T)
+    assert not out[ends[-1] :].any()  # the dropped ones
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(ops.grouped_mm(rows, weights, given["ends"]), out)
+
+
+def test_grouped_product_refuses_what_does_not_fit():
+    rows, weights, ends = torch.zeros(3, 4), torch.zeros(2, 5, 4), torch.tensor([1, 3])
+    for call, message in (
+        (
+            (rows, weights[:, :, :3], ends),
+            r"rows \(R, D\) and weights \(E, H, D\), got \(3, 4\) and \(2, 5, 3\)",
+        ),
+        ((rows, weights, ends[:1]), r"one per expert, \(2,\), got \(1,\)"),
+        ((rows.half(), weights, ends), "one type, got rows torch.float16 and weights torch.float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ops.grouped_mm(*call)
+
+
 # Gradients
 
 
@@ -431,6 +458,7 @@ def differentiable(case: str) -> list:
             lambda r, w, x: ops.combine(r, order, w, position, x),
             (given["rows"], given["weights"], given["residual"]),
         ),
+        (lambda r, w: ops.grouped_mm(r, w, given["ends"]), (given["rows"], given["gate_up"])),
         (ops.swiglu, (given["gate_up"][0].T,)),
     ]
 
@@ -508,6 +536,7 @@ def opcheck_calls(dtype: torch.dtype) -> dict[str, tuple]:
     wide = given["weights"].dtype
     logits = logits_of("plain", wide)
     plan = (given["order"], given["position"])
+    grouped = (given["rows"], given["gate_up"], given["ends"])
     return {
         "gate_logits": (grad["tokens"], grad["weight"]),
         "gate_logits_backward": (logits, given["tokens"], given["weight"], True, False),
@@ -520,6 +549,8 @@ def opcheck_calls(dtype: torch.dtype) -> dict[str, tuple]:
         "permute_backward": (given["rows"], plan[1]),
         "combine": (grad["rows"], *plan, grad["weights"], given["residual"].clone().requires_grad_()),
         "combine_backward": (given["residual"], given["rows"], *plan, given["weights"]),
+        "grouped_mm": (grad["rows"], given["gate_up"].clone().requires_grad_(), given["ends"]),
+        "grouped_mm_backward": (given["rows"] @ given["gate_up"][0].T, *grouped, True, False),
         "swiglu": (grad["tokens"],),
         "swiglu_backward": (given["tokens"][:, :12], given["tokens"]),
         "decode_ffn": (*(given[n] for n in ("tokens", "experts", "weights", "gate_up", "down")), None),

@@ -171,9 +171,16 @@ def _mix_grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tens
     """The same with grouped products: gate_up (E, 2H, D), down (E, D, H); nothing is read on the host."""
     plan = ops.plan(experts, len(gate_up))
     rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D)
-    hidden = ops.swiglu(F.grouped_mm(rows, gate_up.transpose(1, 2), offs=plan.ends))  # (n, H)
-    answers = F.grouped_mm(hidden, down.transpose(1, 2), offs=plan.ends)  # (n, D), garbage where dropped
+    hidden = ops.swiglu(_grouped(rows, gate_up, plan.ends))  # (n, H)
+    answers = _grouped(hidden, down, plan.ends)  # (n, D), anything where dropped
     return ops.combine(answers, plan.order, weights, plan.position)  # (T, D)
+
+
+def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows (R, D), weights (E, H, D) -> (R, H). torch's own takes bfloat16 alone under torch.compile."""
+    if rows.dtype == torch.bfloat16 and weights.shape[1] % 8 == weights.shape[2] % 8 == 0:
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+    return ops.grouped_mm(rows, weights, ends)
 
 
 def _mix_everywhere(
@@ -230,18 +237,17 @@ def is_silu(activation: object) -> bool:
 
 
 def groupable(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether F.grouped_mm takes tokens (T, D) and weights (..., H, D) without waiting for the device."""
+    """Whether a grouped product takes tokens (T, D) and weights (..., H, D) and waits for no device."""
     kind = tokens.dtype
     if kind != weight.dtype or type(weight.data) is not Tensor:
         return False
     if torch.is_autocast_enabled(tokens.device.type):
         return False
-    if any(size * kind.itemsize % 16 for size in weight.shape):
+    if not tokens.is_cuda:
+        return True
+    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape):
         return False
-    if kind != torch.bfloat16:  # what grouped_mm takes everywhere, under torch.compile too
-        return False
-    # On other GPUs torch falls back to a loop that reads the offsets.
-    return not tokens.is_cuda or _generation(tokens.device.index) in (9, 10)
+    return _generation(tokens.device.index) in (9, 10)  # on others torch reads the offsets in a loop
 
 
 @torch.compiler.assume_constant_result

@@ -260,6 +260,24 @@ def combine(
     return _operator("combine", rows, order, position, weights, residual)
 
 
+def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's product with its own rows, in any type: rows (R, D), weights (E, H, D) -> (R, H).
+
+    ends (E,), from `plan`, says where each expert's rows end; rows after the last one give zeros. It reads
+    the ends on the host: on CUDA in bfloat16, F.grouped_mm does without.
+    """
+    if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[2]:
+        raise InputError(
+            f"grouped_mm needs rows (R, D) and weights (E, H, D), got {tuple(rows.shape)} and "
+            f"{tuple(weights.shape)}."
+        )
+    if ends.shape != weights.shape[:1]:
+        raise InputError(f"ends must be one per expert, ({len(weights)},), got {tuple(ends.shape)}.")
+    if rows.dtype != weights.dtype:
+        raise InputError(f"grouped_mm needs one type, got rows {rows.dtype} and weights {weights.dtype}.")
+    return _operator("grouped_mm", rows, weights, ends)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, the two halves of one projection: gate_up (..., 2H), gate first -> (..., H)."""
     if not gate_up.ndim or gate_up.shape[-1] % 2:

@@ -35,6 +35,9 @@ SCHEMAS = {
     "combine": "(Tensor rows, Tensor order, Tensor position, Tensor weights, Tensor? residual) -> Tensor",
     "combine_backward": "(Tensor grad, Tensor rows, Tensor order, Tensor position, Tensor weights) "
     "-> (Tensor, Tensor)",
+    "grouped_mm": "(Tensor rows, Tensor weights, Tensor ends) -> Tensor",
+    "grouped_mm_backward": "(Tensor grad, Tensor rows, Tensor weights, Tensor ends, bool for_rows, "
+    "bool for_weights) -> (Tensor, Tensor)",
     "swiglu": "(Tensor gate_up) -> Tensor",
     "swiglu_backward": "(Tensor grad, Tensor gate_up) -> Tensor",
     "decode_ffn": "(Tensor tokens, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, "
@@ -123,6 +126,19 @@ def _combine_backward_shape(
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
+def _grouped_mm_shape(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[1])  # (R, H)
+
+
+def _grouped_mm_backward_shape(
+    grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor, for_rows: bool, for_weights: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(rows) if for_rows else rows.new_empty(0),
+        torch.empty_like(weights) if for_weights else weights.new_empty(0),
+    )
+
+
 def _swiglu_shape(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
@@ -186,6 +202,16 @@ def _combine_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return rows, None, None, weights, grad if ctx.needs_input_grad[4] else None
 
 
+def _keep_grouped_mm(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    for_rows, for_weights = ctx.needs_input_grad[:2]
+    grads = torch.ops.medplib.grouped_mm_backward(grad, *ctx.saved_tensors, for_rows, for_weights)
+    return grads[0] if for_rows else None, grads[1] if for_weights else None, None
+
+
 def _keep_swiglu(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -199,14 +225,17 @@ _GRADIENTS: dict[str, tuple[Callable, Callable]] = {
     "gate": (_gate_gradient, _keep_gate),
     "permute": (_permute_gradient, _keep_permute),
     "combine": (_combine_gradient, _keep_combine),
+    "grouped_mm": (_grouped_mm_gradient, _keep_grouped_mm),
     "swiglu": (_swiglu_gradient, _keep_swiglu),
 }
+_ONLY_REFERENCE = ("grouped_mm", "grouped_mm_backward")  # products, which PyTorch does best
 _WITHOUT_GRADIENT = {
     "decode_ffn": "decode_ffn is for inference. To train, use permute, the experts and combine.",
     "gate_logits_backward": "The gradient of gate_logits cannot be differentiated again.",
     "gate_backward": "The gradient of gate cannot be differentiated again.",
     "permute_backward": "The gradient of permute cannot be differentiated again.",
     "combine_backward": "The gradient of combine cannot be differentiated again.",
+    "grouped_mm_backward": "The gradient of grouped_mm cannot be differentiated again.",
     "swiglu_backward": "The gradient of swiglu cannot be differentiated again.",
 }
 
@@ -221,6 +250,8 @@ def _refusal(reason: str) -> Callable:
 def _default_kernel(name: str) -> Callable:
     """The reference; on CUDA it first has the compiled kernels loaded, and steps aside for them."""
     meaning = getattr(reference, name)
+    if name in _ONLY_REFERENCE:
+        return meaning
 
     def kernel(*args: Any) -> Any:
         if _loader.may_load("cuda") and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args):

@@ -276,6 +276,46 @@ def _weighted(
     return term * weights[:, choice].where(index >= 0, 0).unsqueeze(1)
 
 
+def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """rows (R, D), weights (E, H, D), ends (E,) -> (R, H): each row by its expert's weight, as F.linear does.
+
+    Expert e has the rows from ends[e - 1] to ends[e]; rows after the last end become zeros. The ends are read
+    on the host.
+    """
+    out = rows.new_empty(len(rows), weights.shape[1])
+    start = 0
+    with _without_autocast(rows):
+        for weight, end in zip(weights, ends.tolist(), strict=True):
+            if end > start:
+                torch.mm(rows[start:end], weight.T, out=out[start:end])
+            start = end
+    out[start:] = 0
+    return out
+
+
+def grouped_mm_backward(
+    grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor, for_rows: bool, for_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """grad (R, H) -> that of the rows (R, D) and of the weights (E, H, D).
+
+    What is not asked for is not computed and comes back empty (0,).
+    """
+    grad_rows = torch.empty_like(rows) if for_rows else rows.new_empty(0)
+    grad_weights = torch.empty_like(weights) if for_weights else weights.new_empty(0)
+    start = 0
+    with _without_autocast(rows):
+        for e, end in enumerate(ends.tolist()):
+            part = slice(start, end)
+            if for_rows and end > start:
+                torch.mm(grad[part], weights[e], out=grad_rows[part])
+            if for_weights:
+                torch.mm(grad[part].T, rows[part], out=grad_weights[e])  # zeros where it has no row
+            start = end
+    if for_rows:
+        grad_rows[start:] = 0
+    return grad_rows, grad_weights
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up (R, 2H), gate first -> silu(gate) * up (R, H), computed in the precise type."""
     gate, up = gate_up.to(precise_type(gate_up)).chunk(2, dim=-1)
