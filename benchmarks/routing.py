@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=2)
     parser.add_argument("--top-k", type=int, default=1)
     parser.add_argument("--split", choices=SPLITS, default="balanced", help="how the gate spreads tokens")
-    parser.add_argument("--passes", nargs="+", default=None, help="forward, train, frozen, graph (CUDA)")
+    parser.add_argument("--passes", nargs="+", help="forward, train, frozen, compiled, graph (CUDA)")
     parser.add_argument("--only", nargs="+", help="words that a peer's name must hold")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--builds", type=int, help=f"sets of weights; default {BUILDS} below {FEW} tokens")
@@ -138,6 +138,14 @@ def runner(peer: nn.Module, x: Tensor, kind: str) -> Callable[[], object]:
     return train
 
 
+def compiled(peer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """The forward as one graph of torch.compile; a peer that breaks it raises."""
+    torch._dynamo.config.recompile_limit = 1000  # every peer of every build is one
+    run = runner(torch.compile(peer, fullgraph=True, dynamic=False), x, "forward")
+    run()
+    return run
+
+
 def graphed(peer: nn.Module, x: Tensor) -> Callable[[], object]:
     """The forward as a CUDA graph; a peer that cannot be captured raises."""
     with torch.no_grad():
@@ -213,13 +221,13 @@ def build(options: argparse.Namespace, count: int, kind: str) -> Built:
     runs: dict[str, Callable[[], object]] = {}
     for name, peer in peers.items():
         peer.train(training)
-        if kind != "graph":
+        if kind not in ("compiled", "graph"):
             runs[name] = runner(peer, x, "train" if training else "forward")
             continue
         try:
-            runs[name] = graphed(peer, x)
-        except Exception as error:  # not capturable, as several say of themselves
-            absent[name] = f"no CUDA graph: {str(error)[:100]}"
+            runs[name] = compiled(peer, x) if kind == "compiled" else graphed(peer, x)
+        except Exception as error:  # not traceable or not capturable, as several say of themselves
+            absent[name] = f"not {kind}: {str(error)[:100]}"
     if "dense" not in runs:
         raise SystemExit("the dense FFN itself could not be run")
     return Built(runs, rows, absent)

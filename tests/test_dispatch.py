@@ -8,6 +8,7 @@ from medplib.errors import InputError
 from medplib.experts import (
     MoERouter,
     collect_aux_losses,
+    context,
     count_routing,
     dispatch,
     record_routing,
@@ -144,9 +145,11 @@ def padded():
     return torch.randn(2, 7, 16).to(torch.bfloat16), mask
 
 
+@pytest.mark.parametrize("traced", [context.TRACED, False])
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("gradient", [True, False])
-def test_compiled_router_is_one_graph_with_and_without_a_mask(pack, gradient):
+def test_compiled_router_is_one_graph_with_and_without_a_mask(pack, gradient, traced, monkeypatch):
+    monkeypatch.setattr(context, "TRACED", traced)
     router, (x, mask) = make_router(pack), padded()
     run = compiled(router)
     with torch.set_grad_enabled(gradient):

@@ -100,7 +100,9 @@ def test_moves_agree_with_torchvision():
     masks = affine(tv_tensors.Mask(mask[None]), interpolation=InterpolationMode.NEAREST)
     boxes = affine(tv_tensors.BoundingBoxes([[45.0, 25, 80, 60]], format="XYXY", canvas_size=SIZE))
     points = affine(tv_tensors.KeyPoints([[60.5, 40.5]], canvas_size=SIZE))
-    pixels = affine(tv_tensors.Image(picture(mask).transpose(2, 0, 1)), interpolation="bilinear")
+    pixels = affine(
+        tv_tensors.Image(picture(mask).transpose(2, 0, 1)), interpolation=InterpolationMode.BILINEAR
+    )
     assert (ours.masks[0] != masks[0].numpy()).mean() < 0.005
     assert np.abs(image.astype(int) - pixels.numpy().transpose(1, 2, 0).astype(int)).mean() < 2
     np.testing.assert_allclose((ours.prompts[0].x, ours.prompts[0].y), points[0].numpy(), atol=1)

@@ -1,8 +1,8 @@
 """What surrounds a router's forward: the padding mask, who chooses for the gate, and who is listening.
 
-All three are set by `with` blocks and held per thread, so models run in parallel do not see each other's. A
-block of a network calls its feed-forward part with one tensor only; this is how the rest reaches a router
-that took its place.
+All three are set by `with` blocks and held per thread, so models run in parallel do not see each other's
+(under torch.compile before torch 2.14 all threads share them). A block of a network calls its feed-forward
+part with one tensor only; this is how the rest reaches a router that took its place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,39 @@ from medplib.errors import InputError, UnknownNameError
 if TYPE_CHECKING:
     from medplib.experts.router import MoERouter, Routing
 
-_mask: ContextVar[Padding | None] = ContextVar("medplib_routing_mask", default=None)
-_sources: ContextVar[dict[int, Callable[[], Choice]] | None] = ContextVar("medplib_choices", default=None)
-_observers: ContextVar[tuple[Observer, ...] | None] = ContextVar("medplib_observers", default=None)
+T = TypeVar("T")
+TRACED = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"  # torch.compile reads a ContextVar
+
+
+class _Surrounding(Generic[T]):
+    """A context variable, None outside of `hold`; `latest` is its double for a torch.compile that traces
+    attributes only."""
+
+    def __init__(self, name: str) -> None:
+        self.variable: ContextVar[T | None] = ContextVar(name, default=None)
+        self.latest: T | None = None
+
+    def get(self) -> T | None:
+        return self.variable.get() if self._is_readable() else self.latest
+
+    @contextmanager
+    def hold(self, value: T | None) -> Iterator[None]:
+        token = self.variable.set(value) if self._is_readable() else None
+        before, self.latest = self.latest, value
+        try:
+            yield
+        finally:
+            self.latest = before
+            if token is not None:
+                self.variable.reset(token)
+
+    def _is_readable(self) -> bool:
+        return TRACED or not torch.compiler.is_compiling()
+
+
+_mask: _Surrounding[Padding] = _Surrounding("medplib_routing_mask")
+_sources: _Surrounding[dict[int, Callable[[], Choice]]] = _Surrounding("medplib_choices")
+_observers: _Surrounding[tuple[Observer, ...]] = _Surrounding("medplib_observers")
 
 
 class Choice(Protocol):
@@ -88,11 +118,8 @@ def routing_mask(mask: Tensor | None) -> Iterator[None]:
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise InputError(f"routing_mask needs a tensor with one entry per token, or None; got {mask!r}.")
-    token = _mask.set(None if mask is None else Padding(mask))
-    try:
+    with _mask.hold(None if mask is None else Padding(mask)):
         yield
-    finally:
-        _mask.reset(token)
 
 
 @contextmanager
@@ -101,21 +128,15 @@ def choices_from(sources: dict[int, Callable[[], Choice]]) -> Iterator[None]:
 
     A source is asked once per forward. Of nested blocks the innermost that knows the router is asked.
     """
-    token = _sources.set({**(_sources.get() or {}), **sources})
-    try:
+    with _sources.hold({**(_sources.get() or {}), **sources}):
         yield
-    finally:
-        _sources.reset(token)
 
 
 @contextmanager
 def observe(observer: Observer) -> Iterator[None]:
     """Tell `observer` of every forward of every MoERouter inside. Nested blocks each hear everything."""
-    token = _observers.set((*(_observers.get() or ()), observer))
-    try:
+    with _observers.hold((*(_observers.get() or ()), observer)):
         yield
-    finally:
-        _observers.reset(token)
 
 
 def current_mask() -> Padding | None:

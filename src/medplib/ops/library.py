@@ -228,7 +228,7 @@ _GRADIENTS: dict[str, tuple[Callable, Callable]] = {
     "grouped_mm": (_grouped_mm_gradient, _keep_grouped_mm),
     "swiglu": (_swiglu_gradient, _keep_swiglu),
 }
-_ONLY_REFERENCE = ("grouped_mm", "grouped_mm_backward")  # products, which PyTorch does best
+ONLY_REFERENCE = ("grouped_mm", "grouped_mm_backward")  # products, which PyTorch does best
 _WITHOUT_GRADIENT = {
     "decode_ffn": "decode_ffn is for inference. To train, use permute, the experts and combine.",
     "gate_logits_backward": "The gradient of gate_logits cannot be differentiated again.",
@@ -250,7 +250,7 @@ def _refusal(reason: str) -> Callable:
 def _default_kernel(name: str) -> Callable:
     """The reference; on CUDA it first has the compiled kernels loaded, and steps aside for them."""
     meaning = getattr(reference, name)
-    if name in _ONLY_REFERENCE:
+    if name in ONLY_REFERENCE:
         return meaning
 
     def kernel(*args: Any) -> Any:

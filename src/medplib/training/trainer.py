@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -79,7 +82,7 @@ class StageTrainer(Trainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_fsdp_enabled:
             # An expert that one process chose and another did not: both must send its gradient.
-            self.model.set_reduce_scatter_unused_params(True)
+            reduce_unused(self.model)
             # For sample pictures the mask side is called by itself, outside the forward that gathers it.
             torch.distributed.fsdp.register_fsdp_forward_method(self.model, "_draw_generated")
         return prepared
@@ -216,6 +219,27 @@ class StageTrainer(Trainer):
     def _wait(self) -> None:
         if self.args.world_size > 1:
             torch.distributed.barrier()
+
+
+def reduce_unused(model: nn.Module) -> None:
+    """Have FSDP2 reduce a zero for what has no gradient on this process, as another process may have one."""
+    if hasattr(model, "set_reduce_scatter_unused_params"):
+        model.set_reduce_scatter_unused_params(True)
+        return
+    for module in model.modules():  # torch before 2.14: what that switch does
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group):
+            group.post_backward = partial(_with_zeros, group, group.post_backward)
+
+
+def _with_zeros(group: Any, post_backward: Callable[..., None], *arguments: Any) -> None:
+    """What FSDP2 calls after the backward of a group of parameters, with zeros for gradients not there."""
+    for sharded in group.fsdp_params if group.reduce_grads else ():
+        whole = getattr(sharded, "_unsharded_param", None)
+        if whole is None or not whole.requires_grad or sharded.unsharded_accumulated_grad is not None:
+            continue
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+    post_backward(*arguments)
 
 
 def _counts(batch: dict[str, Any]) -> tuple[int, int, int]:
