@@ -19,6 +19,7 @@ from medplib.data.record import Record
 from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, snapshots, trainer
 from medplib.training.chain import train
+from medplib.training.recipe import make_recipe
 
 NOISY = {"experts": ["grounding", "vqa"], "gate_args": {"noise": "gumbel", "bias_rate": 0.01, "seed": 3}}
 
@@ -328,3 +329,24 @@ def test_a_run_killed_with_signal_9_ends_as_if_nothing_had_happened(tiny_folder,
     run(tiny_folder, tmp_path / "whole", **settings)
     models = [load_file(tmp_path / name / "mixture/model/model.safetensors") for name in ("killed", "whole")]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_a_snapshot_is_continued_in_the_form_it_was_written_only(tmp_path):
+    with pytest.raises(CheckpointError, match=r"another sharding \('fsdp2', now 'none'\)"):
+        chain._check_same({"sharding": "fsdp2"}, {"sharding": "none"}, tmp_path)
+    content = recipe("model", tmp_path).to_dict()
+    kinds = [
+        chain._sharding(make_recipe(content | changes), world)
+        for changes, world in (
+            ({}, 2), ({"strategy": "fsdp2"}, 1), ({"strategy": "fsdp2"}, 2), ({"deepspeed": "z.json"}, 2),
+        )
+    ]  # fmt: skip
+    assert kinds == ["none", "none", "fsdp2", "deepspeed on 2"]
+
+
+def test_one_process_trains_on_one_gpu_and_says_so(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trainer.TrainingArguments, "n_gpu", property(lambda self: vars(self).get("_n_gpu", 2) or 2)
+    )
+    with pytest.warns(UserWarning, match=r"2 are here.*torchrun --nproc-per-node 2"):
+        run(tiny_folder, tmp_path, stage={"steps": 1})

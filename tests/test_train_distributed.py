@@ -15,6 +15,7 @@ from training_run import recipe, records
 
 from medplib.errors import InputError
 from medplib.training.chain import train
+from medplib.training.recipe import make_recipe
 from medplib.training.trainer import check_deepspeed
 
 SCRIPT = Path(__file__).with_name("training_run.py")
@@ -94,6 +95,13 @@ def test_two_processes_learn_what_one_learns(tiny_folder, tmp_path, alone, strat
         assert all(torch.equal(value, resumed[key]) for key, value in found.items())
 
 
+RECIPE = {
+    "out": "runs/none",
+    "data": {"some": {"reader": "memory"}},
+    "stages": {"mixture": {"precision": "fp32", "data": ["some"]}},
+}
+
+
 def deepspeed_file(folder, zero):
     path = folder / "zero.json"
     automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -115,16 +123,38 @@ def deepspeed_file(folder, zero):
     ],
 )
 def test_a_zero_stage_that_would_mix_gradients_up_is_refused(tmp_path, zero, processes, refused):
-    path = str(deepspeed_file(tmp_path, zero))
+    recipe = make_recipe(RECIPE | {"deepspeed": str(deepspeed_file(tmp_path, zero))})
     if refused is None:
-        check_deepspeed(path, processes)
+        check_deepspeed(recipe, recipe.stage("mixture"), processes)
     else:
         with pytest.raises(InputError, match=refused):
-            check_deepspeed(path, processes)
+            check_deepspeed(recipe, recipe.stage("mixture"), processes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "fits"),
+    [
+        ("fp32", "float32", True),
+        ("bf16", "bfloat16", True),
+        ("bf16", "float32", False),
+        ("fp16", "bfloat16", False),
+    ],
+)
+def test_deepspeed_that_would_cast_closed_weights_is_refused(tmp_path, precision, dtype, fits):
+    content = RECIPE | {"deepspeed": str(deepspeed_file(tmp_path, {})), "dtype": dtype}
+    recipe = make_recipe(content | {"stages": {"mixture": {"precision": precision, "data": ["some"]}}})
+    if fits:
+        check_deepspeed(recipe, recipe.stage("mixture"), 1)
+    else:
+        with pytest.raises(
+            InputError, match=f"precision={precision} casts all weights, and dtype is {dtype}"
+        ):
+            check_deepspeed(recipe, recipe.stage("mixture"), 1)
 
 
 def test_a_deepspeed_file_that_is_none_is_one_clear_error(tmp_path):
     (tmp_path / "zero.json").write_text("{stage: 1")
     for name in ("zero.json", "lost.json"):
+        recipe = make_recipe(RECIPE | {"deepspeed": str(tmp_path / name)})
         with pytest.raises(InputError, match=f"{name}.*is no DeepSpeed configuration"):
-            check_deepspeed(str(tmp_path / name), 1)
+            check_deepspeed(recipe, recipe.stage("mixture"), 1)

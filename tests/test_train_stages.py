@@ -1,6 +1,7 @@
 """The four stages in one call, from a dense start to a mixture; and what a run shows before it begins."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from typer.testing import CliRunner
 from medplib import MedPLIB
 from medplib.apps.cli import app
 from medplib.errors import CheckpointError, InputError, UnknownNameError
-from medplib.training.chain import train
+from medplib.training.chain import interpolate, train
 from medplib.training.dry_run import rehearse
 from medplib.training.recipe import load_recipe, make_recipe
+from medplib.training.starts import start_folders
 
 SHORT = {"steps": 2, "batch_size": 2, "precision": "fp32", "max_length": 512, "learning_rate": 1e-2}
 STAGES = {
@@ -127,6 +129,88 @@ def test_a_mixture_alone_takes_the_stages_that_are_there(trained, dense_folder, 
         train(four(dense_folder, tmp_path, stages=lone), sources=SOURCES)
     (result,) = train(four(dense_folder, out, stages=lone), sources=SOURCES)  # finished before
     assert result.folder == out / "mixture" / "model"
+
+
+def test_a_stage_run_alone_begins_with_the_one_before_it_in_the_file(trained, dense_folder, tmp_path):
+    out, _ = trained
+    alone = {"stages": {"vqa": STAGES["vqa"]}, "chain": list(STAGES)}
+    assert start_folders(four(dense_folder, out, **alone), "vqa") == {"align": out / "align" / "model"}
+    with pytest.raises(InputError, match=r"starts from 'align', which is not finished.*stages\.vqa\.start"):
+        train(four(dense_folder, tmp_path, **alone), sources=SOURCES)
+    first = four(dense_folder, tmp_path, stages={"align": STAGES["align"]}, chain=list(STAGES))
+    assert start_folders(first, "align") == {}
+    chosen = load_recipe("tiny", stages="vqa,mixture")
+    assert chosen.before("vqa") == ["align"]
+    assert chosen.before("mixture") == ["vqa"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "elsewhere"}, r"another model \('.*', now 'elsewhere'\)"),
+        ({"samples_per_epoch": 3}, r"another samples_per_epoch \('None', now '3'\)"),
+        (
+            {"data": {"words": {"reader": "memory", "path": "b"}, "masks": {"reader": "memory"}}},
+            r"data\.words",
+        ),
+        ({"augment": {}}, "another augment"),
+    ],
+)
+def test_a_finished_stage_is_taken_by_the_recipe_that_made_it_alone(trained, dense_folder, changes, message):
+    out, _ = trained
+    again = train(four(dense_folder, out, workers=1, log_steps=5), sources=SOURCES)  # what changes nothing
+    assert [result.name for result in again] == list(STAGES)
+    with pytest.raises(CheckpointError, match=message):
+        train(make_recipe(four(dense_folder, out).to_dict() | changes), sources=SOURCES)
+
+
+def test_a_stage_built_on_one_that_was_trained_again_is_not_taken(dense_folder, tmp_path):
+    two = {name: STAGES[name] for name in ("align", "vqa")}
+    train(four(dense_folder, tmp_path, stages=two), sources=SOURCES)
+    shutil.rmtree(tmp_path / "align")
+    train(
+        four(dense_folder, tmp_path, stages={"align": two["align"]}),
+        sources=dict(SOURCES, words=records(8, "r")),
+    )
+    with pytest.raises(CheckpointError, match=r"another start \(align\)"):
+        train(four(dense_folder, tmp_path, stages=two), sources=SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 3}, "batch_size 3 is no multiple of micro_batch 2"),
+        ({"loss_weights": {"ce": 1.0, "dise": 1.0}}, "weighs dise"),
+    ],
+)
+def test_what_is_wrong_with_the_last_stage_is_said_before_the_first_trains(
+    dense_folder, tmp_path, wrong, message
+):
+    stages = {**STAGES, "mixture": {**STAGES["mixture"], **wrong}}
+    with pytest.raises(InputError, match=message):
+        train(four(dense_folder, tmp_path, stages=stages, micro_batch=2), sources=SOURCES)
+    with pytest.raises(InputError, match="has no records"):
+        train(four(dense_folder, tmp_path, micro_batch=2), sources={**SOURCES, "masks": []})
+    assert not any(tmp_path.iterdir())
+
+
+def test_rehearsal_of_a_stage_after_the_mixture(trained, dense_folder):
+    out, _ = trained
+    after = {**STAGES, "more": {**STAGES["mixture"], "base": "mixture", "start": "mixture"}}
+    table = rehearse(four(dense_folder, out, stages=after), SOURCES)[-1].table
+    assert table.parameters == rehearse(four(dense_folder, out), SOURCES)[-1].table.parameters
+    alone = four(dense_folder, out, stages={"more": {**after["more"], "start": None}}, chain=list(after))
+    assert rehearse(alone, SOURCES)[0].table.parameters == table.parameters
+
+
+def test_interpolation_leaves_what_is_equal_as_it_is():
+    start, end = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    for module in (start, end):
+        module.weight.data = torch.tensor([[-0.0, 1.0]])
+    end.bias.data, start.bias.data = torch.tensor([3.0]), torch.tensor([1.0])
+    interpolate(end, start, 0.25)
+    assert torch.signbit(end.weight).tolist() == [[True, False]]
+    assert end.bias.item() == 1.5
 
 
 def test_a_damaged_stage_is_not_built_upon(dense_folder, tmp_path):

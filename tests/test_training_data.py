@@ -7,6 +7,7 @@ import pytest
 import torch
 from training_run import records
 
+from medplib.data.files import File, ImageFile
 from medplib.data.record import TASKS, Record
 from medplib.errors import InputError
 from medplib.prompts.types import Box
@@ -157,3 +158,13 @@ def test_sources_that_cannot_be_opened_name_the_setting():
         open_source("x", Source("mini", options={"nonsense": 1}))
     with pytest.raises(InputError, match=r"options\.tasks.*vqa, region, grounding"):
         open_source("x", Source("mini", options={"tasks": ["count"]}))
+
+
+def test_the_fingerprint_of_records_changes_with_their_files_regions_and_arrays():
+    def made(file="a.png", box=4.0, pixel=0):
+        array = np.full((8, 8), pixel > 0)
+        turn = ("What is in <region>?", "Here is the liver <SEG>.")
+        return [Record((turn,), (ImageFile(File(file)),), (Box(0, 0, box, 4),), (Held(array),))]
+
+    assert fingerprint(made()) == fingerprint(made())
+    assert len({fingerprint(r) for r in (made(), made("b.png"), made(box=5.0), made(pixel=1))}) == 4

@@ -7,6 +7,7 @@ A stage that is finished is not done again, one that was stopped continues from 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -40,19 +41,13 @@ from medplib.training.snapshots import (
     writing,
 )
 from medplib.training.sources import fingerprint, open_sources
-from medplib.training.starts import start_model
-from medplib.training.trainer import StageTrainer, arguments, whole_state
+from medplib.training.starts import recorded_origin, start_folders, start_model
+from medplib.training.trainer import StageTrainer, arguments, check_deepspeed, whole_state
 from medplib.training.watch import Watch
 
-_SAME_RUN = (
-    "stage",
-    "data",
-    "start",
-    "mixture",
-    "order",
-    "frozen",
-    "interpolate",
-)  # what a snapshot must share with its run
+# What a snapshot must share with its run, and a finished model with the recipe that would make it.
+_SAME_RUN = ("stage", "data", "start", "mixture", "order", "frozen", "interpolate", "sharding")
+_SAME_RECIPE = ("model", "load", "dense", "mask_weights", "moe", "dtype", "samples_per_epoch", "augment")
 
 
 @dataclass
@@ -102,12 +97,16 @@ def train(
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         check_writable(out)
-    for name in recipe.stages:
-        recipe.sources(name)
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"report_to names {name!r}, which is not installed: pip install {name}")
-    return [_run(recipe, name, out, sources, validation, progress, main) for name in recipe.stages]
+    opened: dict[str, Any] = dict(sources or {})
+    for name in recipe.stages:
+        named = recipe.sources(name)
+        if manifest_of(out / name / "model") is None:
+            opened |= open_sources(named, opened)
+            check_stage(recipe, name, opened)
+    return [_run(recipe, name, out, opened, validation, progress, main) for name in recipe.stages]
 
 
 def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
@@ -116,8 +115,7 @@ def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
     say = progress if main else None
     manifest = manifest_of(final)
     if manifest is not None:
-        told = {"stage": _plain_stage(recipe.stage(name)), "interpolate": recipe.stages[name].interpolate}
-        _check_same(manifest, told, final)
+        _check_finished(recipe, name, manifest, final)
         if say:
             say(f"stage {name}: done before, {final}")
         return StageResult(name, final, None, manifest["parts"], manifest.get("routing"))
@@ -163,19 +161,9 @@ def prepare_stage(
 ) -> Prepared:
     """Load the stage's model, open and close its parts, open its data. Changes nothing on disk."""
     stage = recipe.stage(name)
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    world = world or processes
-    named = recipe.sources(name)
-    records = open_sources(named, sources)
-    weights = {key: source.weight for key, source in named.items()}
-    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
-    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
-    order = order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size)
-    data = TrainingData(records, stage.seed, augmentation(recipe))
-    batches = StepBatches(
-        data, order, batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
-        rank=rank, world=world, grouping=recipe.length_grouping,
-    )  # fmt: skip
+    records = open_sources(recipe.sources(name), sources)
+    batches = stage_batches(recipe, name, records, start=start, world=world)
+    order = batches.order
     model, origin, table = staged_model(recipe, name)
     frozen = Frozen(model)
     facts = {
@@ -189,10 +177,63 @@ def prepare_stage(
         "frozen": frozen.total,
         "parts": frozen.by_part(),
         "interpolate": recipe.stages[name].interpolate,
+        "sharding": _sharding(recipe, batches.world),
         "recipe": recipe.to_dict(),
         "versions": versions(),
     }  # fmt: skip
     return Prepared(stage, model, table, frozen, batches, Collate(model.processor, stage.max_length), facts)
+
+
+def stage_batches(
+    recipe: Recipe, name: str, records: Mapping[str, Any], *, start: int = 0, world: int | None = None
+) -> StepBatches:
+    """The batches of a stage over its opened sources, from step `start` on, for this process."""
+    stage, named = recipe.stage(name), recipe.sources(name)
+    records = {key: records[key] for key in named}
+    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
+    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
+    weights = {key: source.weight for key, source in named.items()}
+    return StepBatches(
+        TrainingData(records, stage.seed, augmentation(recipe)),
+        order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size),
+        batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
+        rank=int(os.environ.get("RANK", "0")), world=world or int(os.environ.get("WORLD_SIZE", "1")),
+        grouping=recipe.length_grouping,
+    )  # fmt: skip
+
+
+def check_stage(recipe: Recipe, name: str, records: Mapping[str, Any]) -> None:
+    """Raise InputError for a stage whose losses, batches or DeepSpeed file cannot be used."""
+    loss_config(recipe.stage(name))
+    batches = stage_batches(recipe, name, records)
+    if recipe.deepspeed is not None:
+        check_deepspeed(recipe, recipe.stage(name), batches.world)
+
+
+def _check_finished(recipe: Recipe, name: str, manifest: Mapping[str, Any], final: Path) -> None:
+    """Raise CheckpointError where the recipe would make another model than the finished one."""
+    changes, named = recipe.stages[name], recipe.sources(name)
+    facts = {"stage": _plain_stage(recipe.stage(name)), "interpolate": changes.interpolate}
+    with contextlib.suppress(InputError):  # the stages before it may be gone since
+        if folders := start_folders(recipe, name):
+            facts["start"] = recorded_origin(folders)
+    _check_same(manifest, facts, final)
+    made, wanted = manifest["recipe"], recipe.to_dict()
+    told = {key: (made[key], wanted[key]) for key in _SAME_RECIPE}
+    told |= {f"data.{key}": (made["data"].get(key), wanted["data"][key]) for key in named}
+    for key, (old, new) in told.items():
+        if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
+            raise CheckpointError(
+                f"{str(final)!r} was made with another {key}{_told(old, new)}. "
+                "Choose another out folder, or set it back."
+            )
+
+
+def _sharding(recipe: Recipe, world: int) -> str:
+    """Who wrote a snapshot, in whose form it is."""
+    if recipe.deepspeed is not None:
+        return f"deepspeed on {world}"
+    return "fsdp2" if recipe.strategy == "fsdp2" and world > 1 else "none"
 
 
 def staged_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str], PartTable]:
@@ -246,7 +287,8 @@ def interpolate(model: MedPLIB, start: MedPLIB, share: float) -> None:
     before = start.state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point():
-            value.copy_(torch.lerp(before[name].to(value), value, share))
+            old = before[name].to(value)
+            value.copy_(torch.where(old == value, value, torch.lerp(old, value, share)))  # -0.0 stays -0.0
 
 
 # -- small things --------------------------------------------------------------------------------------------
@@ -309,9 +351,15 @@ def _check_same(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: P
             )  # fmt: skip
             which = f" ({', '.join(map(str, names))})" if names else ""
             raise CheckpointError(
-                f"{str(folder)!r} was made with another {key}{which}. "
+                f"{str(folder)!r} was made with another {key}{which}{_told(manifest.get(key), value)}. "
                 "Choose another out folder, or set it back."
             )
+
+
+def _told(old: Any, new: Any) -> str:
+    """Two short values, for an error."""
+    short = all(value is None or isinstance(value, str | int | float | bool) for value in (old, new))
+    return f" ({str(old)[:80]!r}, now {str(new)[:80]!r})" if short else ""
 
 
 def _require_accelerate() -> None:

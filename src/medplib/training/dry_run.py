@@ -6,9 +6,9 @@ for page in rehearse(load_recipe("tiny")):
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
 from medplib.processing import MedPLIBProcessor
 from medplib.stages import Stage, set_stage
-from medplib.training.batches import Collate, StepBatches, TrainingData, order_for, steps_of
-from medplib.training.chain import augmentation, loss_config
+from medplib.training.batches import Collate
+from medplib.training.chain import check_stage, loss_config, stage_batches
 from medplib.training.pictures import Tile, draw_tiles
 from medplib.training.recipe import Recipe, make_recipe
 from medplib.training.sources import open_sources
@@ -80,55 +80,56 @@ class Page:
 def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | None = None) -> list[Page]:
     """A Page per stage. No weights are read and nothing is written; raises what the run would raise."""
     recipe = make_recipe(recipe)
-    pages, mixed = [], False
+    pages, mixed = [], None  # the experts of the last stage that made a mixture
     folder = local_folder(recipe.model, _WITHOUT_WEIGHTS)
     for name in recipe.stages:
         stage = recipe.stage(name)
-        weights = loss_config(stage)
-        mixed = mixed or bool(recipe.experts(name) and name != next(iter(recipe.stages)))
-        config = _config(recipe, folder, recipe.experts(name) or recipe.moe.get("experts"), mixed)
-        config.losses = weights
+        if recipe.experts(name) and recipe.before(name):
+            mixed = list(recipe.experts(name))
+        earlier = recipe.before(name)[-1:] if name == next(iter(recipe.stages)) and mixed is None else []
+        finished = [Path(recipe.out).expanduser() / stage / "model" for stage in earlier]
+        if recipe.stages[name].start is None and finished and finished[0].is_dir():
+            config = read_config(finished[0])
+        else:
+            config = _config(recipe, folder, mixed)
+        config.losses = loss_config(stage)
         with torch.device("meta"):
             model = MedPLIB(config)
         model.processor = MedPLIBProcessor.for_model(folder, model)
         table = set_stage(model, stage)
-        batches, samples = _batches(recipe, name, stage, sources)
+        records = open_sources(recipe.sources(name), sources)
+        check_stage(recipe, name, records)
+        batches = stage_batches(recipe, name, records)
         batch = Collate(model.processor, stage.max_length)(
             [batches.data[place] for place in next(iter(batches))]
         )
         words, picture = read_back(batch, model.processor)
         memory = estimate_memory(recipe, stage, model, batch["input_ids"].numel(), batches.world)
         pages.append(
-            Page(stage, table, memory, batches.steps, batches.steps_per_epoch, samples, words, picture)
+            Page(
+                stage,
+                table,
+                memory,
+                batches.steps,
+                batches.steps_per_epoch,
+                batches.order.counts,
+                words,
+                picture,
+            )
         )
     return pages
 
 
-def _config(recipe: Recipe, folder, experts, mixed: bool) -> MedPLIBConfig:
+def _config(recipe: Recipe, folder, experts: list[str] | None) -> MedPLIBConfig:
     """The configuration of a stage's model: as loaded, made dense, or made a mixture."""
     config = (
         official_config(folder, recipe.load.get("overrides"))
         if holds_official(folder)
         else read_config(folder)
     )
-    if mixed:
-        return MedPLIBConfig.from_dict({**config.to_dict(), "moe": {**recipe.moe, "experts": list(experts)}})
+    if experts is not None:
+        return MedPLIBConfig.from_dict({**config.to_dict(), "moe": {**recipe.moe, "experts": experts}})
     return MedPLIBConfig.from_dict({**config.to_dict(), "moe": None}) if recipe.dense else config
-
-
-def _batches(recipe: Recipe, name: str, stage: Stage, sources) -> tuple[StepBatches, dict[str, int]]:
-    named = recipe.sources(name)
-    records = open_sources(named, sources)
-    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
-    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
-    weights = {key: source.weight for key, source in named.items()}
-    order = order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size)
-    batches = StepBatches(
-        TrainingData(records, stage.seed, augmentation(recipe)), order, batch_size=stage.batch_size,
-        micro_batch=recipe.micro_batch, steps=steps, world=int(os.environ.get("WORLD_SIZE", "1")),
-        grouping=recipe.length_grouping,
-    )  # fmt: skip
-    return batches, order.counts
 
 
 def estimate_memory(recipe: Recipe, stage: Stage, model: nn.Module, tokens: int, world: int = 1) -> Memory:

@@ -114,6 +114,7 @@ class Recipe:
 
     out                  folder of the run: one folder per stage with log.jsonl, snapshots, samples, model
     stages               {name: StageChanges}, in order
+    chain                names of all stages in order, where `stages` holds only those to be run now
     data, validation     {name: Source}; a stage takes those its `data` names; validation is only asked
     model, load          where it starts, and further arguments of MedPLIB.from_pretrained
     dense                a mixture as a dense start: the expert whose feed-forward blocks are taken
@@ -137,6 +138,7 @@ class Recipe:
     out: str
     stages: dict
     data: dict
+    chain: list[str] = field(default_factory=list)
     validation: dict = field(default_factory=dict)
     model: str = "medplib-tiny"
     load: dict = field(default_factory=dict)
@@ -178,6 +180,13 @@ class Recipe:
             for source in changes.apply(name).data:
                 if changes.data is not None and source not in self.data:
                     raise _unknown(f"stages.{name}.data names a source that data lacks.", source, self.data)
+
+    def before(self, name: str) -> list[str]:
+        """The stages that come before `name`: of those run now, else of the whole chain."""
+        names = list(self.stages)
+        if name in names[1:] or name not in self.chain:
+            return names[: names.index(name)]
+        return self.chain[: self.chain.index(name)]
 
     def stage(self, name: str) -> Stage:
         """The stage with the recipe's changes."""
@@ -239,7 +248,7 @@ def load_recipe(
         for stage in chosen:
             if stage not in table:
                 raise _unknown("The recipe has no such stage.", stage, table)
-        content["stages"] = {stage: table[stage] for stage in chosen}
+        content |= {"stages": {stage: table[stage] for stage in chosen}, "chain": list(map(str, table))}
     return make_recipe(content)
 
 

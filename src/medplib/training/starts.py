@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,42 +25,60 @@ MASK_SIDE = ("seg_projector", "mask_decoder", "prompt_encoder")
 
 def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     """The model a stage begins with, and where it comes from, {place: sha256 of its weights}."""
-    out, names = Path(recipe.out).expanduser(), list(recipe.stages)
-    changes, before = recipe.stages[name], names[: names.index(name)]
-    experts = recipe.experts(name)
-    if experts:
-        folders = {expert: _stage_model(out, stage, before) for expert, stage in experts.items()}
-        if all(folders.values()):
-            origin = {expert: recorded_weights(folder) for expert, folder in folders.items()}
-            return make_mixture(recipe, name, folders), origin
-        if changes.experts is not None or before:
-            lacking = ", ".join(stage for expert, stage in experts.items() if not folders[expert])
-            raise InputError(
-                f"Stage '{name}' makes its experts from {', '.join(experts.values())}, but {lacking} is "
-                f"neither before it nor finished in {str(out)!r}; train it first, or give "
-                f"stages.{name}.start a mixture."
-            )
-    source: str | Path = changes.start or (before[-1] if before else recipe.model)
-    folder = _stage_model(out, str(source), names)
-    if folder is None and str(source) in names:
-        raise InputError(
-            f"Stage '{name}' starts from '{source}', which is not finished in {str(out)!r}; train it first."
-        )
-    first = folder is None
-    model = MedPLIB.from_pretrained(
-        folder or source, **(recipe.load if first else {}), dtype=getattr(torch, recipe.dtype)
-    )
-    origin = {str(source): weights_sha256(model.source) if first else recorded_weights(folder)}
-    if first and recipe.dense is not None and model.config.moe is not None:
+    folders, experts = start_folders(recipe, name), recipe.experts(name)
+    if experts and folders.keys() == experts.keys():
+        return make_mixture(recipe, name, folders), recorded_origin(folders)
+    dtype = getattr(torch, recipe.dtype)
+    for folder in folders.values():
+        return MedPLIB.from_pretrained(folder, dtype=dtype), recorded_origin(folders)
+    source = recipe.stages[name].start or recipe.model
+    model = MedPLIB.from_pretrained(source, **recipe.load, dtype=dtype)
+    origin = {str(source): weights_sha256(model.source)}
+    if recipe.dense is not None and model.config.moe is not None:
         model = as_dense(model, recipe.dense)
-    if first and recipe.mask_weights is not None:
+    if recipe.mask_weights is not None:
         from medplib.checkpoints import load_sam
 
         load_sam(model, Path(recipe.mask_weights).expanduser())
     return model, origin
 
 
-def _stage_model(out: Path, stage: str, known: Sequence[str]) -> Path | None:
+def start_folders(recipe: Recipe, name: str) -> dict[str, Path]:
+    """{expert or stage: its finished model} of the stages that a stage begins with; none of them: {}.
+
+    Raises InputError for one that is not finished, CheckpointError for one that is damaged.
+    """
+    out, changes, before = Path(recipe.out).expanduser(), recipe.stages[name], recipe.before(name)
+    experts = recipe.experts(name)
+    if experts:
+        folders = {expert: _stage_model(out, stage) for expert, stage in experts.items()}
+        lacking = [stage for expert, stage in experts.items() if folders[expert] is None]
+        if not lacking:
+            return {expert: folder for expert, folder in folders.items() if folder is not None}
+        if changes.experts is not None or before:
+            raise InputError(
+                f"Stage '{name}' makes its experts from {', '.join(experts.values())}, but "
+                f"{', '.join(lacking)} is neither before it nor finished in {str(out)!r}; train it first, or "
+                f"give stages.{name}.start a mixture."
+            )
+    source = changes.start or (before[-1] if before else None)
+    folder = None if source is None else _stage_model(out, source)
+    if folder is not None:
+        return {str(source): folder}
+    if source is not None and source in (*recipe.stages, *recipe.chain):
+        raise InputError(
+            f"Stage '{name}' starts from '{source}', which is not finished in {str(out)!r}; train it first, "
+            f"or name another model in stages.{name}.start, such as {recipe.model}."
+        )
+    return {}
+
+
+def recorded_origin(folders: Mapping[str, Path]) -> dict[str, str]:
+    """{place: sha256 of its weights} of finished models."""
+    return {place: recorded_weights(folder) for place, folder in folders.items()}
+
+
+def _stage_model(out: Path, stage: str) -> Path | None:
     """The finished model of a stage of this run. Raises CheckpointError for one that is damaged."""
     folder = out / stage / "model"
     if not folder.is_dir() or Path(stage).name != stage:

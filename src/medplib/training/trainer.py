@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -327,10 +328,8 @@ def arguments(
         "ddp_broadcast_buffers": False,
         checkpointing: recipe.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if recipe.gradient_checkpointing else None,
-        "deepspeed": recipe.deepspeed,
+        "deepspeed": recipe.deepspeed and str(Path(recipe.deepspeed).expanduser()),
     }
-    if recipe.deepspeed is not None:
-        check_deepspeed(recipe.deepspeed, batches.world)
     if recipe.strategy == "fsdp2" and batches.world > 1 and not recipe.deepspeed:
         layer = type(decoder_layers(model.language_model)[0]).__name__
         settings |= {"fsdp": True, "fsdp_config": {
@@ -345,29 +344,44 @@ def arguments(
     ):
         settings["use_cpu"] = True
     try:
-        return TrainingArguments(**settings)
+        made = TrainingArguments(**settings)
     except (ImportError, ValueError) as error:
         raise InputError(
             f"Stage '{stage.name}' cannot be trained here: {' '.join(str(error).split())}"
         ) from error
+    if made.n_gpu > 1:  # Trainer would cut each tensor in two: images, masks and the indices between them
+        warnings.warn(
+            f"One process trains on one GPU, and {made.n_gpu} are here; to use them all: "
+            f"torchrun --nproc-per-node {made.n_gpu} -m medplib train ...",
+            stacklevel=2,
+        )
+        made._n_gpu = 1
+    return made
 
 
-def check_deepspeed(path: str, processes: int) -> None:
-    """Raise InputError for a file that cannot be read, or a ZeRO stage that would mix gradients up.
+def check_deepspeed(recipe: Recipe, stage: Stage, processes: int) -> None:
+    """Raise InputError for a DeepSpeed file that cannot be read, or one that would spoil the stage.
 
     ZeRO 2 and 3, and overlap_comm, reduce gradients in the order in which they arrive, and gather weights as
     modules run. Both differ between processes here: an expert that one chose and another did not, a batch
-    without masks.
+    without masks. In bf16 and fp16 DeepSpeed casts every weight, closed ones, too.
     """
+    path = str(recipe.deepspeed)
     try:
         content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
         zero = content.get("zero_optimization", {})
-        stage, overlap = zero.get("stage", 0), zero.get("overlap_comm")
+        level, overlap = zero.get("stage", 0), zero.get("overlap_comm")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"deepspeed: {path!r} is no DeepSpeed configuration in JSON: {error}") from error
-    if processes > 1 and (stage not in (0, 1) or overlap not in (None, False)):
+    if processes > 1 and (level not in (0, 1) or overlap not in (None, False)):
         raise InputError(
-            f"deepspeed: {path!r} asks for ZeRO stage {stage} with overlap_comm {overlap} on {processes} "
+            f"deepspeed: {path!r} asks for ZeRO stage {level} with overlap_comm {overlap} on {processes} "
             "processes, where experts and masks that one process lacks would mix gradients up; use stage 1 "
             "without overlap_comm, or strategy=fsdp2, which shards weights and gradients, too."
+        )
+    fits = {"fp32": True, "bf16": recipe.dtype == "bfloat16", "fp16": False}[stage.precision]
+    if not fits:
+        raise InputError(
+            f"deepspeed with stages.{stage.name}.precision={stage.precision} casts all weights, and dtype is "
+            f"{recipe.dtype}: set dtype=bfloat16 and precision=bf16, or precision=fp32."
         )
