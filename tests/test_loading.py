@@ -418,3 +418,9 @@ def test_saving_to_a_file_or_to_the_hub_is_refused_before_anything_is_written(ti
     with pytest.raises(InputError, match="push_to_hub"):
         tiny_model.save_pretrained(tmp_path / "new", push_to_hub=True)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_saved_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"] != 0o600

@@ -6,6 +6,7 @@ import hashlib
 import importlib.resources
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -240,7 +241,10 @@ class LoadingMixin:
         if kwargs.get("is_main_process", True):
             if self.processor is not None:
                 self.processor.save_pretrained(save_directory)
-            lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.glob("model*.safetensors"))]
+            weights = sorted(folder.glob("model*.safetensors"))
+            for path in weights:  # safetensors 0.8 gives them to their owner alone
+                shutil.copymode(folder / "config.json", path)
+            lines = [f"{_sha256(path)}  {path.name}\n" for path in weights]
             # Last of all: until then the checksums of an earlier save reveal one that was interrupted.
             (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
