@@ -169,7 +169,7 @@ def test_compiled_router_with_experts_of_any_kind_is_one_graph():
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("tokens", [dispatch.STREAMED + 1, 300])
 def test_compiled_experts_get_their_own_rows_and_no_others(kind, tokens):
     router = MoERouter(16, 2, hidden_dim=24).to(kind).eval()
     x, run = torch.randn(tokens, 16).to(kind), compiled(router)
@@ -181,6 +181,17 @@ def test_compiled_experts_get_their_own_rows_and_no_others(kind, tokens):
     for weight in ([16, 48], [24, 16]):  # of the gate and up projections together, of the down projection
         assert sum(shapes[0][0] for shapes in products if shapes[1] == weight) == tokens
     assert len(products) <= 1 + 4  # the router's gate, and two of each expert
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_compiled_few_tokens_give_what_they_give_uncompiled(kind, tokens):
+    router = MoERouter(16, 2, hidden_dim=24).to(kind).eval()
+    x, run = torch.randn(tokens, 16).to(kind), compiled(router)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), router(x), atol=5e-3, rtol=2e-2)
+    with torch.enable_grad():
+        torch.testing.assert_close(run(x), router(x), atol=5e-3, rtol=2e-2)
 
 
 def test_packed_weights_are_used_by_compiled_code_and_follow_the_parameters():

@@ -6,8 +6,8 @@ experts.
 Every way gives the same sum. Which one is taken:
 
     few       on the CPU, n <= FEW: sorted on the host, where the operators would cost more than the experts
-    streamed  on CUDA, n <= STREAMED, packed SwiGLU experts, no gradient: one kernel that reads the chosen
-              experts' weights and no others
+    streamed  on CUDA, or compiled, n <= STREAMED, packed SwiGLU experts, no gradient: one kernel that reads
+              the chosen experts' weights and no others
     grouped   compiled, captured into a CUDA graph, or on CUDA with T < GROUPED: one grouped product for all
               experts; the host never waits for a number
     sorted    all else: one product per expert, on rows that lie together; a frozen expert's weight gradient
@@ -56,7 +56,7 @@ def mix(
         both = _swiglu_weights(tokens, modules, packed)
         if both is None:
             return _mix_everywhere(tokens, experts, weights, modules)
-        if experts.numel() <= STREAMED and tokens.is_cuda and not torch.is_grad_enabled():
+        if experts.numel() <= STREAMED and not torch.is_grad_enabled():
             return ops.decode_ffn(tokens, experts, weights, *both)
         return _mix_grouped(tokens, experts, weights, *both)
     both = None
