@@ -1,6 +1,7 @@
 """Saving and loading: exact, strict, without pickles and noise; and through transformers' Auto classes."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -421,6 +422,10 @@ def test_saving_to_a_file_or_to_the_hub_is_refused_before_anything_is_written(ti
 
 
 def test_saved_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
+    before = os.umask(0o022)
+    try:
+        tiny_model.save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"] != 0o600

@@ -101,19 +101,22 @@ def train(
         if importlib.util.find_spec(name) is None:
             raise InputError(f"report_to names {name!r}, which is not installed: pip install {name}")
     opened: dict[str, Any] = dict(sources or {})
-    for name in recipe.stages:
+    finished = {name: manifest_of(out / name / "model") for name in recipe.stages}  # it hashes the weights
+    for name, manifest in finished.items():
         named = recipe.sources(name)
-        if manifest_of(out / name / "model") is None:
+        if manifest is None:
             opened |= open_sources(named, opened)
             check_stage(recipe, name, opened)
-    return [_run(recipe, name, out, opened, validation, progress, main) for name in recipe.stages]
+    return [
+        _run(recipe, name, out, opened, validation, progress, main, manifest)
+        for name, manifest in finished.items()
+    ]
 
 
-def _run(recipe, name, out, sources, validation, progress, main) -> StageResult:
+def _run(recipe, name, out, sources, validation, progress, main, manifest) -> StageResult:
     folder = out / name
     final = folder / "model"
     say = progress if main else None
-    manifest = manifest_of(final)
     if manifest is not None:
         _check_finished(recipe, name, manifest, final)
         if say:
