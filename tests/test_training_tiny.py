@@ -13,7 +13,7 @@ from medplib.data.questions import UNLABELLED, QuestionMaker
 from medplib.data.removal import crop_away, fill_lungs, take_out
 from medplib.errors import InputError
 from medplib.training import load_recipe, tiny
-from medplib.training.conversations import QuestionDraws, TextBatch
+from medplib.training.conversations import TextBatch
 from medplib.training.labelled import SHARES, LabelledImages
 
 
@@ -49,11 +49,10 @@ def test_questions_never_call_an_unlabelled_structure_absent(training):
 
 
 def test_every_answer_has_as_many_masks_as_seg_tokens(training):
-    draws = QuestionDraws(training.maker, tiny.WORDS)
     rng = np.random.default_rng(0)
     for item in images(training, batch_size=12)[0]:
         for _ in range(12):
-            question = draws(item, rng)
+            question = training.questions(item, rng)
             assert len(question.masks) == question.answer.count("<SEG>")
             assert all(m.any() for m in question.masks)
             if question.task in ("grounding", "presence") and not question.answer.startswith(("No", "There")):
@@ -94,7 +93,7 @@ def test_a_stopped_run_continues_to_the_same_weights(training, tmp_path):
         settings = tiny.Run("words", steps, 2, 1e-3)
         model.requires_grad_(False)
         model.language_model.requires_grad_(True)
-        make = TextBatch(model.processor, QuestionDraws(training.maker, tiny.WORDS), 2)
+        make = TextBatch(model.processor, training.questions, 2)
         data = images(training, steps=steps, batch_size=2, make=make)
         tiny.loop(settings, model, lambda b: model(**b).losses, tiny.LOSSES, data, folder, "cpu", 0, keep=2)
         return model.state_dict()
@@ -132,7 +131,7 @@ def rehearsal(training, monkeypatch):
     """Every run is one step on one image."""
     runs = [dataclasses.replace(run, batch_size=1) for run in tiny.FOUNDATIONS]
     monkeypatch.setattr(tiny, "FOUNDATIONS", tuple(runs))
-    monkeypatch.setattr(tiny, "PER_IMAGE", 1)
+    monkeypatch.setattr(training, "per_image", 1)
     monkeypatch.setattr(tiny, "shortened", lambda steps, scale: 1)
 
     def load(name, changes=None):
@@ -175,9 +174,3 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     assert [path for path in times if times[path] != kept[path]] == [out / "final" / "model.safetensors"]
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
-
-
-def test_words_are_learned_from_the_questions_of_all_stages():
-    source = load_recipe("tiny-whole").data["all"]
-    assert source.options["tasks"] == tiny.WORDS
-    assert source.options["per_image"] == tiny.PER_IMAGE

@@ -107,18 +107,16 @@ def train(
         if manifest is None:
             opened |= open_sources(named, opened)
             check_stage(recipe, name, opened)
-    return [
-        _run(recipe, name, out, opened, validation, progress, main, manifest)
-        for name, manifest in finished.items()
-    ]
+    return [_run(recipe, name, out, opened, validation, progress, main, finished) for name in recipe.stages]
 
 
-def _run(recipe, name, out, sources, validation, progress, main, manifest) -> StageResult:
+def _run(recipe, name, out, sources, validation, progress, main, finished) -> StageResult:
     folder = out / name
     final = folder / "model"
     say = progress if main else None
-    if manifest is not None:
-        _check_finished(recipe, name, manifest, final)
+    if (manifest := finished[name]) is not None:
+        intact = [stage for stage, found in finished.items() if found is not None]
+        _check_finished(recipe, name, manifest, final, intact)
         if say:
             say(f"stage {name}: done before, {final}")
         return StageResult(name, final, None, manifest["parts"], manifest.get("routing"))
@@ -213,12 +211,14 @@ def check_stage(recipe: Recipe, name: str, records: Mapping[str, Any]) -> None:
         check_deepspeed(recipe, recipe.stage(name), batches.world)
 
 
-def _check_finished(recipe: Recipe, name: str, manifest: Mapping[str, Any], final: Path) -> None:
+def _check_finished(
+    recipe: Recipe, name: str, manifest: Mapping[str, Any], final: Path, intact: Sequence[str]
+) -> None:
     """Raise CheckpointError where the recipe would make another model than the finished one."""
     changes, named = recipe.stages[name], recipe.sources(name)
     facts = {"stage": _plain_stage(recipe.stage(name)), "interpolate": changes.interpolate}
     with contextlib.suppress(InputError):  # the stages before it may be gone since
-        if folders := start_folders(recipe, name):
+        if folders := start_folders(recipe, name, intact):
             facts["start"] = recorded_origin(folders)
     _check_same(manifest, facts, final)
     made, wanted = manifest["recipe"], recipe.to_dict()

@@ -86,12 +86,7 @@ def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | No
         stage = recipe.stage(name)
         if recipe.experts(name) and recipe.before(name):
             mixed = list(recipe.experts(name))
-        earlier = recipe.before(name)[-1:] if name == next(iter(recipe.stages)) and mixed is None else []
-        finished = [Path(recipe.out).expanduser() / stage / "model" for stage in earlier]
-        if recipe.stages[name].start is None and finished and finished[0].is_dir():
-            config = read_config(finished[0])
-        else:
-            config = _config(recipe, folder, mixed)
+        config = _config(recipe, name, folder, mixed)
         config.losses = loss_config(stage)
         with torch.device("meta"):
             model = MedPLIB(config)
@@ -105,23 +100,19 @@ def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | No
         )
         words, picture = read_back(batch, model.processor)
         memory = estimate_memory(recipe, stage, model, batch["input_ids"].numel(), batches.world)
-        pages.append(
-            Page(
-                stage,
-                table,
-                memory,
-                batches.steps,
-                batches.steps_per_epoch,
-                batches.order.counts,
-                words,
-                picture,
-            )
-        )
+        steps, per_epoch, samples = batches.steps, batches.steps_per_epoch, batches.order.counts
+        pages.append(Page(stage, table, memory, steps, per_epoch, samples, words, picture))
     return pages
 
 
-def _config(recipe: Recipe, folder, experts: list[str] | None) -> MedPLIBConfig:
-    """The configuration of a stage's model: as loaded, made dense, or made a mixture."""
+def _config(recipe: Recipe, name: str, folder: Path, experts: list[str] | None) -> MedPLIBConfig:
+    """The configuration of a stage's model: that of the finished stage before it if the recipe runs from
+    there on, else that of the recipe's model as loaded, made dense, or made a mixture of `experts`."""
+    if name == next(iter(recipe.stages)) and experts is None and recipe.stages[name].start is None:
+        for stage in recipe.before(name)[-1:]:
+            finished = Path(recipe.out).expanduser() / stage / "model"
+            if finished.is_dir():
+                return read_config(finished)
     config = (
         official_config(folder, recipe.load.get("overrides"))
         if holds_official(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -43,15 +43,16 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     return model, origin
 
 
-def start_folders(recipe: Recipe, name: str) -> dict[str, Path]:
+def start_folders(recipe: Recipe, name: str, intact: Container[str] = ()) -> dict[str, Path]:
     """{expert or stage: its finished model} of the stages that a stage begins with; none of them: {}.
 
-    Raises InputError for one that is not finished, CheckpointError for one that is damaged.
+    intact: stages whose files were compared with their manifests before, and are not again. Raises
+    InputError for one that is not finished, CheckpointError for one that is damaged.
     """
     out, changes, before = Path(recipe.out).expanduser(), recipe.stages[name], recipe.before(name)
     experts = recipe.experts(name)
     if experts:
-        folders = {expert: _stage_model(out, stage) for expert, stage in experts.items()}
+        folders = {expert: _stage_model(out, stage, intact) for expert, stage in experts.items()}
         lacking = [stage for expert, stage in experts.items() if folders[expert] is None]
         if not lacking:
             return {expert: folder for expert, folder in folders.items() if folder is not None}
@@ -62,7 +63,7 @@ def start_folders(recipe: Recipe, name: str) -> dict[str, Path]:
                 f"give stages.{name}.start a mixture."
             )
     source = changes.start or (before[-1] if before else None)
-    folder = None if source is None else _stage_model(out, source)
+    folder = None if source is None else _stage_model(out, source, intact)
     if folder is not None:
         return {str(source): folder}
     if source is not None and source in (*recipe.stages, *recipe.chain):
@@ -78,12 +79,13 @@ def recorded_origin(folders: Mapping[str, Path]) -> dict[str, str]:
     return {place: recorded_weights(folder) for place, folder in folders.items()}
 
 
-def _stage_model(out: Path, stage: str) -> Path | None:
+def _stage_model(out: Path, stage: str, intact: Container[str]) -> Path | None:
     """The finished model of a stage of this run. Raises CheckpointError for one that is damaged."""
     folder = out / stage / "model"
     if not folder.is_dir() or Path(stage).name != stage:
         return None
-    read_manifest(folder)
+    if stage not in intact:
+        read_manifest(folder)
     return folder
 
 

@@ -69,11 +69,6 @@ FOUNDATIONS = (
     Run("tables", 500, 8, 8e-4),  # the towers with other patient tables: one training CT shows one table only
     Run("words", 250, 16, 3e-3),
 )
-WORDS = {
-    "modality": 0.09, "presence": 0.1125, "list": 0.045, "region": 0.2025,
-    "grounding": 0.275, "absent": 0.1925, "several": 0.0825,
-}  # fmt: skip
-PER_IMAGE = 6  # conversations about an image in "words"
 TOWER_LOSSES = {"dice": 1.0, "bce": 1.0, "iou": 0.1, "cells": 2.0, "modality": 0.2}
 LOSSES = {"ce": 1.0, "dice": 1.0, "bce": 1.0, "iou": 0.1}
 STAND_INS = "stand_ins.safetensors"
@@ -101,7 +96,7 @@ def _pyramid(channels: list[int], skips: list[int]) -> dict:
     )
 
 
-def tiny_config(vocab_size: int, seg_id: int, moe: bool = False) -> MedPLIBConfig:
+def tiny_config(vocab_size: int, seg_id: int) -> MedPLIBConfig:
     """The sizes of medplib-tiny."""
     return MedPLIBConfig(
         text_config=dict(
@@ -136,7 +131,6 @@ def tiny_config(vocab_size: int, seg_id: int, moe: bool = False) -> MedPLIBConfi
                 name="sam", args=dict(num_multimask_outputs=0, iou_head_hidden_dim=64, num_upscales=3)
             ),
         ),
-        moe=dict(experts=["grounding", "vqa"]) if moe else None,
         tokens=dict(image=-200, region=-300, seg=seg_id),
         losses=LOSSES,
         template="brief",
@@ -156,15 +150,17 @@ class TinyTraining:
             for structure in s.structures:
                 self.vocabulary.setdefault(structure.name, set()).add(s.dataset)
         self.names = sorted(self.vocabulary)
-        self.maker = QuestionMaker(self.vocabulary)
+        asked = load_recipe("tiny-whole").data["all"].options  # of "words", too
+        self.questions = QuestionDraws(QuestionMaker(self.vocabulary), asked["tasks"])
+        self.per_image = asked["per_image"]
         torch.manual_seed(SEED)
         self.tokenizer = build_tokenizer(template_texts(self.names, MODALITIES))
         self.seg_id = self.tokenizer.convert_tokens_to_ids("<SEG>")
 
-    def new_model(self, moe: bool = False) -> MedPLIB:
+    def new_model(self) -> MedPLIB:
         """The tiny model with fresh weights and its processor."""
         torch.manual_seed(SEED)
-        model = MedPLIB(tiny_config(len(self.tokenizer), self.seg_id, moe))
+        model = MedPLIB(tiny_config(len(self.tokenizer), self.seg_id))
         grid = model.config.vision.image_size // model.vision_tower.stride
         model.processor = MedPLIBProcessor(self.tokenizer, model.config, model.num_image_tokens, grid)
         return model
@@ -206,7 +202,7 @@ class TinyTraining:
             model.requires_grad_(False)
             model.language_model.requires_grad_(True)
             part: nn.Module = model
-            make: Callable = TextBatch(model.processor, QuestionDraws(self.maker, WORDS), PER_IMAGE)
+            make: Callable = TextBatch(model.processor, self.questions, self.per_image)
         else:
             part = towers = TowerTrainer(model, self.names, MODALITIES).to(self.device)
             if run.name == "tables":
