@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,19 +110,34 @@ class MedPLIBRouter(MoERouter):
             self.pack()
 
 
-class Loop(nn.Module):
-    """What most papers' code does: for each expert, the tokens that chose it, added up by index."""
+class Gated(nn.Module):
+    """A plain gate before somebody's `mix`. stacked: keep the experts' weights as two parameters."""
 
-    def __init__(self, w: Weights) -> None:
+    def __init__(self, w: Weights, stacked: bool = True) -> None:
         super().__init__()
-        self.w = w
-        self.gate = nn.Parameter(w.gate.clone())
-        self.experts = nn.ModuleList(w.expert() for _ in range(w.sizes[2]))
-        w.fill(self.experts)
+        self.gate, self.top_k = nn.Parameter(w.gate.clone()), w.top_k
+        if stacked:
+            self.gate_up, self.down = nn.Parameter(w.gate_up.clone()), nn.Parameter(w.down.clone())
 
     def forward(self, x: Tensor) -> Tensor:
         probabilities = (x.float() @ self.gate.T).softmax(dim=-1)
-        weights, experts = probabilities.topk(self.w.top_k, dim=-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        return self.mix(x, experts, weights)
+
+    def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x (T, D), experts (T, K), weights (T, K) float32 -> (T, D)."""
+        raise NotImplementedError
+
+
+class Loop(Gated):
+    """What most papers' code does: for each expert, the tokens that chose it, added up by index."""
+
+    def __init__(self, w: Weights) -> None:
+        super().__init__(w, stacked=False)
+        self.experts = nn.ModuleList(w.expert() for _ in range(w.sizes[2]))
+        w.fill(self.experts)
+
+    def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             token, choice = torch.where(experts == e)
@@ -131,11 +147,11 @@ class Loop(nn.Module):
         return out
 
 
-class Transformers(nn.Module):
-    """transformers' Mixtral experts behind a plain gate, with one of its implementations (or ours)."""
+class Transformers(Gated):
+    """transformers' Mixtral experts, with one of its implementations (or ours)."""
 
     def __init__(self, w: Weights, implementation: str) -> None:
-        super().__init__()
+        super().__init__(w, stacked=False)
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
@@ -150,14 +166,11 @@ class Transformers(nn.Module):
         config._experts_implementation = implementation
         with torch.device(w.down.device):
             self.experts = MixtralExperts(config).to(w.down.dtype)
-        self.gate, self.top_k = nn.Parameter(w.gate.clone()), w.top_k
         with torch.no_grad():
             self.experts.gate_up_proj.copy_(w.gate_up)
             self.experts.down_proj.copy_(w.down)
 
-    def forward(self, x: Tensor) -> Tensor:
-        probabilities = (x.float() @ self.gate.T).softmax(dim=-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
+    def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         return self.experts(x, experts, weights.to(x.dtype))
 
 
@@ -241,6 +254,8 @@ _STUBS = {
 
 def build_peers(w: Weights, deepspeed_pin: Path | None, only: list[str] | None) -> tuple[dict, dict]:
     """{name: module} of those that can be had, and {name: why not} of the others; "dense" comes first."""
+    from kernel_peers import KERNEL_PEERS
+
     makers = {
         "dense": lambda: Dense(w),
         "medplib": lambda: MedPLIBRouter(w),
@@ -251,6 +266,7 @@ def build_peers(w: Weights, deepspeed_pin: Path | None, only: list[str] | None) 
         "transformers medplib": lambda: Transformers(w, "medplib"),
         "deepspeed 0.13.1": lambda: _pinned(w, deepspeed_pin),
         "deepspeed installed": lambda: DeepSpeed(w),
+        **{name: partial(make, w) for name, make in KERNEL_PEERS.items()},
     }
     peers, absent = {}, {}
     for name, make in makers.items():
@@ -260,6 +276,8 @@ def build_peers(w: Weights, deepspeed_pin: Path | None, only: list[str] | None) 
             peers[name] = make()
         except (Absent, ImportError) as error:
             absent[name] = str(error)[:160]
+        except Exception as error:  # another's package may fail in any way
+            absent[name] = f"fails: {type(error).__name__}: {str(error)[:120]}"
     return peers, absent
 
 

@@ -48,6 +48,22 @@ def test_routing_input_is_spread_as_asked(split, monkeypatch):
     assert share == pytest.approx({"80/20": 0.8, "99/1": 0.99, "all-one": 1.0}[split], abs=0.02)
 
 
+def test_rows_are_padded_so_that_every_block_has_one_expert(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import kernel_peers
+
+    sizes = torch.tensor([5, 0, 16, 1])
+    ends = sizes.cumsum(0).to(torch.int32)
+    place, owner = kernel_peers.padded_places(ends, int(sizes.sum()), 8)
+    experts = torch.arange(4).repeat_interleave(sizes)
+    assert torch.equal(owner[place].long(), experts)
+    assert (owner >= 0).sum() == sizes.sum()
+    for block in owner.view(-1, 8):
+        assert len(set(block.tolist()) - {-1}) <= 1
+
+
 def test_operators_table_has_every_operator(tmp_path):
     lines = run("operators.py", "--dim 16 --hidden 32 --tokens 1 20 --rounds 2", tmp_path / "out.json")
     named = {line["operator"] for line in lines["lines"]}
