@@ -1,5 +1,6 @@
 """Dispatch: every way of giving tokens to experts gives the same sum; compiled, it is one graph."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from medplib.experts import (
 )
 from medplib.experts.context import Padding
 from medplib.experts.dispatch import mix
+from medplib.experts.grouped import group_experts
+from medplib.experts.mlp import GELUMLP, SwiGLU
 
 DIM = 6
 
@@ -60,7 +63,7 @@ def test_every_way_gives_the_slow_sum_and_its_gradients(way, num_tokens, top_k):
 
 def test_grouped_products_of_any_size_give_the_slow_sum_and_its_gradients():
     tokens, experts, weights, modules = draw(30, 2, torch.float64)
-    out = dispatch._mix_grouped(tokens, experts, weights, *dispatch._swiglu_weights(tokens, modules, None))
+    out = dispatch._mix_tables(tokens, experts, weights, group_experts(tokens, modules, None), 4)
     wanted = slow(tokens, experts, weights, modules)
     torch.testing.assert_close(out, wanted)
     inputs = (tokens, weights, *modules.parameters())
@@ -72,8 +75,7 @@ def test_grouped_products_of_any_size_give_the_slow_sum_and_its_gradients():
 
 def test_grouped_products_in_bfloat16_give_the_slow_sum_and_its_gradients():
     tokens, experts, weights, modules = draw(30, 2, torch.bfloat16, 16, 24)
-    gate_up, down = dispatch._swiglu_weights(tokens, modules, None)
-    out = dispatch._mix_grouped(tokens, experts, weights, gate_up, down)
+    out = dispatch._mix_tables(tokens, experts, weights, group_experts(tokens, modules, None), 4)
     wanted = slow(tokens, experts, weights, modules)
     torch.testing.assert_close(out.float(), wanted.float(), atol=2e-2, rtol=5e-2)
     inputs = (tokens, weights, *modules.parameters())
@@ -110,18 +112,21 @@ def test_tokens_without_an_expert_give_zero():
 def test_expert_with_a_hook_or_an_activation_of_its_own_is_called_and_not_bypassed():
     modules = draw(1, 1, torch.bfloat16, 16, 24)[3]
     tokens = torch.randn(2, 16, dtype=torch.bfloat16)
-    assert dispatch._swiglu_weights(tokens, modules, None) is not None
+    assert group_experts(tokens, modules, None) is not None
     hook = modules["expert_1"].register_forward_pre_hook(lambda *_: None)
-    assert dispatch._swiglu_weights(tokens, modules, None) is None
+    assert group_experts(tokens, modules, None) is None
     hook.remove()
-    assert dispatch._swiglu_weights(tokens.float(), modules, None) is None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert dispatch._swiglu_weights(tokens, modules, None) is None
+    hook = modules["expert_1"].up_proj.register_forward_hook(lambda *_: None)
+    assert group_experts(tokens, modules, None) is None
+    hook.remove()
+    assert group_experts(tokens.float(), modules, None) is None
     modules["expert_1"].act_fn = nn.GELU()
-    assert dispatch._swiglu_weights(tokens, modules, None) is None
+    assert group_experts(tokens, modules, None) is None
     del modules["expert_1"].act_fn
     modules["expert_1"].up_proj = nn.Linear(16, 24, bias=True, dtype=torch.bfloat16)
-    assert dispatch._swiglu_weights(tokens, modules, None) is None
+    assert group_experts(tokens, modules, None) is None
+    modules["expert_1"] = GELUMLP(16, 24).to(torch.bfloat16)
+    assert group_experts(tokens, modules, None) is None
 
 
 # torch.compile: the same answers from one graph
@@ -181,6 +186,118 @@ def test_compiled_experts_get_their_own_rows_and_no_others(kind, tokens):
     for weight in ([16, 48], [24, 16]):  # of the gate and up projections together, of the down projection
         assert sum(shapes[0][0] for shapes in products if shapes[1] == weight) == tokens
     assert len(products) <= 1 + 4  # the router's gate, and two of each expert
+
+
+def add_lora(module, rank, targets=("gate_proj", "up_proj", "down_proj"), dropout=0.0, **settings):
+    """Adapters whose B is not zero."""
+    present = {name.split(".")[-1] for name, _ in module.named_modules()}
+    settings |= {"r": rank, "lora_alpha": 3, "lora_dropout": dropout}
+    config = peft.LoraConfig(target_modules=sorted(present & set(targets)), **settings)
+    peft.inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():
+        if ".lora_B" in name:
+            nn.init.normal_(parameter)
+
+
+def experts_of(kind):
+    """A router whose experts are more than plain SwiGLU blocks."""
+    torch.manual_seed(0)
+    block, *rest = kind.split(", ")
+    options = {
+        "SwiGLU": {},
+        "SwiGLU with biases": {"bias": True},
+        "GELU": {},
+        "GELU without biases": {"bias": False},
+    }
+    make = GELUMLP if block.startswith("GELU") else SwiGLU
+    router = MoERouter(16, {name: make(16, 24, **options[block]) for name in ("a", "b", "c")}, top_k=2)
+    experts = router.experts
+    for word in rest:
+        if word == "LoRA":
+            add_lora(experts, 4)
+        elif word == "LoRA on one":
+            add_lora(experts["b"], 4)
+        elif word == "LoRA of other ranks":
+            add_lora(experts["a"], 2), add_lora(experts["c"], 5, ("up_proj",))
+        elif word == "DoRA":
+            add_lora(experts, 4, use_dora=True)
+        elif word == "packed":
+            router.pack()
+    return router
+
+
+GROUPED = [
+    "SwiGLU with biases", "GELU", "GELU without biases, packed", "SwiGLU, LoRA", "SwiGLU, packed, LoRA",
+    "SwiGLU with biases, LoRA on one", "SwiGLU, LoRA of other ranks", "GELU, LoRA",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [*GROUPED, "SwiGLU"])
+def test_compiled_experts_give_what_they_give_uncompiled_and_their_gradients(kind, autocast):
+    router, x = experts_of(kind), torch.randn(40, 16)
+    limit = 6e-2 if autocast else 1e-5
+    found = []
+    for run in (router, compiled(router)):
+        tokens = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = run(tokens)
+        inputs = [tokens, *(p for p in router.parameters() if p.requires_grad)]
+        found.append((out, *torch.autograd.grad(out.float().sin().sum(), inputs)))
+    assert found[0][0].dtype == found[1][0].dtype
+    for wanted, got in zip(*found, strict=True):
+        assert got.dtype == wanted.dtype
+        assert (got - wanted).float().norm() <= limit * wanted.float().norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got, wanted = compiled(router)(x[:2]), router(x[:2])
+    assert (got - wanted).float().norm() <= limit * wanted.float().norm()
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_compiled_experts_of_any_taken_kind_get_their_own_rows(kind):
+    router, x = experts_of(kind).eval(), torch.randn(40, 16)
+    run = compiled(router)
+    with torch.no_grad():
+        run(x)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            run(x)
+    shapes = [event.input_shapes for event in profile.events() if event.name == "aten::mm"]
+    names = ["down_proj"] if kind.startswith("GELU") else ["gate_proj", "down_proj"]
+    for name, weight in zip(names, ([16, 24], [24, 16]), strict=False):
+        assert sum(one[0][0] for one in shapes if one[1] == weight) in (80, 160), name  # 2 experts per token
+    assert sum(one[0][0] for one in shapes if one[1] == [24, 16]) == 80  # down
+
+
+def test_compiled_adapters_drop_only_while_they_train():
+    router = experts_of("SwiGLU")
+    add_lora(router.experts, 4, dropout=0.5)
+    x, run = torch.randn(40, 16), compiled(router)
+    assert not torch.equal(run(x), run(x))
+    router.eval()
+    torch.testing.assert_close(run(x), router(x))
+    for layer in router.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            layer.enable_adapters(False)
+    torch.testing.assert_close(run(x), router(x))
+
+
+def test_adapters_that_are_more_than_low_rank_are_called_and_not_bypassed():
+    router, x = experts_of("SwiGLU, LoRA"), torch.randn(3, 16)
+    assert group_experts(x, router.experts, None) is not None
+    assert group_experts(x, experts_of("SwiGLU, DoRA").experts, None) is None
+    layer = router.experts["a"].up_proj
+    layer.lora_B["default"].register_forward_hook(lambda *_: None)
+    assert group_experts(x, router.experts, None) is None
+    layer.merge()  # then they are not called
+    assert group_experts(x, router.experts, None) is not None
+
+
+def test_frozen_packed_weights_are_not_copied_while_adapters_train():
+    router = experts_of("SwiGLU, packed, LoRA")
+    tables = group_experts(torch.randn(3, 16), router.experts, router.packed_weights)
+    start = router.packed_weights()["gate_up_proj.weight"].data_ptr()
+    assert tables.gate.weight.data_ptr() == start
+    assert tables.down.weight.data_ptr() == router.packed_weights()["down_proj.weight"].data_ptr()
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medplib.experts.dispatch import groupable, is_captured, is_silu, mix_eager
+from medplib.experts.dispatch import is_captured, mix_eager
+from medplib.experts.grouped import PlainSwiGLU, groupable, is_silu
 
 
 def register_backend(name: str = "medplib") -> str:
@@ -43,8 +44,8 @@ def experts_forward(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: 
     first, second = ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
     tables = [_per_expert(module, name) for name in (first, f"{first}_bias", second, f"{second}_bias")]
     experts = {str(e): partial(_run, module, tables=row) for e, row in enumerate(zip(*tables, strict=True))}
-    both = (module.gate_up_proj, module.down_proj) if _is_swiglu(module, x) else None
-    return mix_eager(x, top_k_index, top_k_weights, experts, both).to(x.dtype)  # (T, D)
+    plain = PlainSwiGLU(module.gate_up_proj, module.down_proj) if _is_swiglu(module, x) else None
+    return mix_eager(x, top_k_index, top_k_weights, experts, plain).to(x.dtype)  # (T, D)
 
 
 def _is_swiglu(module: Any, x: Tensor) -> bool:

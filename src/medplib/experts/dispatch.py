@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from medplib import ops
 from medplib.experts.checks import run_expert
+from medplib.experts.grouped import Layered, Packed, PlainSwiGLU, group_experts, packed_swiglu, product_type
 from medplib.ops.reference import precise_type
 
 FEW = 64
@@ -33,10 +34,6 @@ STREAMED = 16
 GROUPED = 2048
 
 Experts = Mapping[str, Callable[[Tensor], Tensor]]  # in their order; modules, or anything that is called
-Packed = Callable[[], "dict[str, Tensor] | None"]
-
-# Classes whose forward is down(silu(gate(x)) * up(x)), by name because transformers need not be there.
-_SWIGLU = ("SwiGLU", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 
 def mix(
@@ -53,16 +50,15 @@ def mix(
     experts' packed weights, if they are (see packing.py).
     """
     if is_captured(tokens):
-        both = _swiglu_weights(tokens, modules, packed)
-        if both is None:
+        grouped = group_experts(tokens, modules, packed)
+        if grouped is None:
             return _mix_everywhere(tokens, experts, weights, modules)
-        if experts.numel() <= STREAMED and not torch.is_grad_enabled():
-            return ops.decode_ffn(tokens, experts, weights, *both)
-        return _mix_grouped(tokens, experts, weights, *both)
-    both = None
+        tokens = tokens.to(product_type(tokens))
+        return _mix_tables(tokens, experts, weights, grouped, len(modules))
+    plain = None
     if tokens.is_cuda and not torch.is_grad_enabled():
-        both = _swiglu_weights(tokens, modules, packed, stack=False)
-    return mix_eager(tokens, experts, weights, modules, both)
+        plain = packed_swiglu(tokens, modules, packed)
+    return mix_eager(tokens, experts, weights, modules, plain)
 
 
 def mix_eager(
@@ -70,18 +66,16 @@ def mix_eager(
     experts: Tensor,
     weights: Tensor,
     modules: Experts,
-    both: tuple[Tensor, Tensor] | None = None,
+    plain: PlainSwiGLU | None = None,
 ) -> Tensor:
-    """`mix` where the host may read numbers. both: the experts as one SwiGLU table, gate_up (E, 2H, D) and
-    down (E, D, H), where they are no more than that and nobody wants a gradient."""
+    """`mix` where the host may read numbers. plain: the experts' tables where they are no more than that and
+    nobody wants a gradient."""
     if not tokens.is_cuda:
         few = experts.numel() <= FEW and len(tokens)
         return (_mix_few if few else _mix_sorted)(tokens, experts, weights, modules)
-    if both is not None and experts.numel() <= STREAMED:
-        return ops.decode_ffn(tokens, experts, weights, *both)
-    if both is not None and len(tokens) < GROUPED:
-        return _mix_grouped(tokens, experts, weights, *both)
-    return _mix_sorted(tokens, experts, weights, modules, both)
+    if plain is not None and (experts.numel() <= STREAMED or len(tokens) < GROUPED):
+        return _mix_tables(tokens, experts, weights, plain, len(modules))
+    return _mix_sorted(tokens, experts, weights, modules, plain)
 
 
 def is_captured(tensor: Tensor) -> bool:
@@ -94,18 +88,18 @@ def _mix_sorted(
     experts: Tensor,
     weights: Tensor,
     modules: Experts,
-    both: tuple[Tensor, Tensor] | None = None,
+    plain: PlainSwiGLU | None = None,
 ) -> Tensor:
-    """One product per expert. both: its SwiGLU weights (see `_swiglu_weights`), for use without gradients."""
+    """One product per expert. plain: their tables, for use without gradients."""
     plan = ops.plan(experts, len(modules))
     counts = _read_later(plan.counts)
     rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D), the dropped ones last
     sizes = counts()
     sizes.append(len(rows) - sum(sizes))
     parts = rows.split(sizes)[:-1]
-    if both is not None:
-        joined = torch.empty_like(rows)
-        for part, out, gate_up, down in zip(parts, joined.split(sizes)[:-1], *both, strict=True):
+    if plain is not None:
+        joined, tables = torch.empty_like(rows), (plain.gate_up, plain.down)
+        for part, out, gate_up, down in zip(parts, joined.split(sizes)[:-1], *tables, strict=True):
             torch.mm(ops.swiglu(F.linear(part, gate_up)), down.T, out=out)
         return ops.combine(joined, plan.order, weights, plan.position)  # (T, D)
     answers = [
@@ -167,20 +161,17 @@ def _mix_few(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[
     return total.to(rows.dtype)
 
 
-def _mix_grouped(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The same with grouped products: gate_up (E, 2H, D), down (E, D, H); nothing is read on the host."""
-    plan = ops.plan(experts, len(gate_up))
+def _mix_tables(
+    tokens: Tensor, experts: Tensor, weights: Tensor, grouped: PlainSwiGLU | Layered, num_experts: int
+) -> Tensor:
+    """The same streamed or with grouped products; nothing is read on the host."""
+    few = experts.numel() <= STREAMED and not torch.is_grad_enabled()
+    if few and isinstance(grouped, PlainSwiGLU):
+        return ops.decode_ffn(tokens, experts, weights, grouped.gate_up, grouped.down)
+    plan = ops.plan(experts, num_experts)
     rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D)
-    hidden = ops.swiglu(_grouped(rows, gate_up, plan.ends))  # (n, H)
-    answers = _grouped(hidden, down, plan.ends)  # (n, D), anything where dropped
+    answers = grouped(rows, plan.ends)  # (n, D), anything where dropped
     return ops.combine(answers, plan.order, weights, plan.position)  # (T, D)
-
-
-def _grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows (R, D), weights (E, H, D) -> (R, H). torch's own takes bfloat16 alone under torch.compile."""
-    if rows.dtype == torch.bfloat16 and weights.shape[1] % 8 == weights.shape[2] % 8 == 0:
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
-    return ops.grouped_mm(rows, weights, ends)
 
 
 def _mix_everywhere(
@@ -196,61 +187,3 @@ def _mix_everywhere(
         share = weights.masked_fill(~chosen, 0).sum(dim=-1, keepdim=True)  # (T, 1)
         total = total + (share * answer).masked_fill(~chosen.any(dim=-1, keepdim=True), 0)
     return total.to(kind)
-
-
-def _swiglu_weights(
-    tokens: Tensor, modules: Mapping[str, nn.Module], packed: Packed | None, stack: bool = True
-) -> tuple[Tensor, Tensor] | None:
-    """gate_up (E, 2H, D) and down (E, D, H) if these are plain SwiGLU experts that a grouped product takes.
-
-    The packed ones without gradient; else, with `stack`, a copy through which gradients flow.
-    """
-    experts = list(modules.values())
-    if not all(_is_plain_swiglu(expert) for expert in experts):
-        return None
-    weights = experts[0].up_proj.weight  # (H, D)
-    if not groupable(tokens, weights) or len({expert.up_proj.weight.shape for expert in experts}) > 1:
-        return None
-    if packed is not None and not torch.is_grad_enabled() and (views := packed()) is not None:
-        return views["gate_up_proj.weight"], views["down_proj.weight"]
-    if not stack:
-        return None
-    gate_up = torch.stack([torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in experts])
-    return gate_up, torch.stack([expert.down_proj.weight for expert in experts])
-
-
-def _is_plain_swiglu(expert: nn.Module) -> bool:
-    """Whether calling the expert would do no more than down(silu(gate(x)) * up(x)) with its own weights."""
-    if type(expert).__name__ not in _SWIGLU or expert._forward_hooks or expert._forward_pre_hooks:
-        return False
-    if not is_silu(getattr(expert, "act_fn", nn.SiLU())):
-        return False
-    layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
-    return all(
-        type(layer) is nn.Linear and layer.bias is None and not layer._forward_hooks for layer in layers
-    )
-
-
-def is_silu(activation: object) -> bool:
-    """Whether this is a module for x * sigmoid(x), torch's or transformers'."""
-    return type(activation).__name__ in ("SiLU", "SiLUActivation")
-
-
-def groupable(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether a grouped product takes tokens (T, D) and weights (..., H, D) and waits for no device."""
-    kind = tokens.dtype
-    if kind != weight.dtype or type(weight.data) is not Tensor:
-        return False
-    if torch.is_autocast_enabled(tokens.device.type):
-        return False
-    if not tokens.is_cuda:
-        return True
-    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape):
-        return False
-    return _generation(tokens.device.index) in (9, 10)  # on others torch reads the offsets in a loop
-
-
-@torch.compiler.assume_constant_result
-def _generation(device: int) -> int:
-    """The major compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0]
