@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from medplib import ops
 from medplib.errors import InputError
-from medplib.ops import reference
+from medplib.ops import functions, reference
 
 LIB = torch.ops.medplib
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -206,6 +206,19 @@ def test_drop_keeps_the_first_the_best_or_a_random_few(policy, capacity, device)
         key = torch.tensor([hash_of(11, a) for a in range(experts.numel())]).view(experts.shape)
     kept = ops.drop_overflow(experts, 6, capacity, **options)
     assert kept.tolist() == slow_drop(experts.tolist(), 6, capacity, key.tolist())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ["priority", "seed"])
+def test_drop_of_many_is_that_of_few(given, device, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    experts = torch.randint(0, 5, (700, 2), generator=generator).to(device)  # 4 is nobody
+    priority = torch.rand(experts.shape, generator=generator).mul(50).round().to(device)
+    options = {"priority": priority} if given == "priority" else {"seed": 7}
+    few = ops.drop_overflow(experts, 4, 150, **options)
+    monkeypatch.setattr(functions, "COUNTED", 100)
+    assert torch.equal(ops.drop_overflow(experts, 4, 150, **options), few)
+    assert (few == 4).sum() > (experts == 4).sum()
 
 
 def hash_of(seed: int, counter: int) -> int:

@@ -27,6 +27,7 @@ from medplib.ops import _loader, reference
 from medplib.ops import library as _library  # noqa: F401  registers torch.ops.medplib
 
 SCORES = ("softmax", "sigmoid")
+COUNTED = 16384  # assignments beyond which `drop_overflow` sorts by priority: a kernel counts the better ones
 
 
 class Gated(NamedTuple):
@@ -186,7 +187,10 @@ def drop_overflow(
             )
         priority = priority.detach().to(reference.precise_type(priority))
     seed = None if seed is None else _as_seed(seed, experts.device)
-    return _operator("drop", experts.to(torch.int64), priority, seed, num_experts, capacity)
+    experts = experts.to(torch.int64)
+    if experts.numel() > COUNTED and (priority is not None or seed is not None):
+        return reference.drop(experts, priority, seed, num_experts, capacity)
+    return _operator("drop", experts, priority, seed, num_experts, capacity)
 
 
 def uniform(count: int, seed: Tensor | int, device: torch.device | str = "cpu") -> Tensor:
