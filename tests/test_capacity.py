@@ -106,7 +106,7 @@ def test_recomputation_drops_the_same_tokens():
     [
         ({"drop": "last"}, "position, probability, random; got 'last'"),
         ({"min_capacity": -1}, "min_capacity must be .* got -1"),
-        ({"eval_capacity_factor": 0}, "eval_capacity_factor must be above 0"),
+        ({"eval_capacity_factor": 0}, "eval_capacity_factor must be a finite number above 0"),
         ({"parity": "fairseq"}, "parity must be 'deepspeed' or None, got 'fairseq'"),
         ({"parity": "deepspeed", "gate": nn.Identity()}, "brings its own gate"),
         ({"parity": "deepspeed", "score": "sigmoid"}, "score='softmax'"),
@@ -199,3 +199,11 @@ def test_forced_expert_serves_all_in_parity_mode_too():
     router, x = make_router(parity="deepspeed", capacity_factor=0.5), torch.randn(9, DIM)
     with force_expert(router, "e1"):
         assert (router(x) != 0).all()
+
+
+def test_forced_expert_serves_all_whatever_the_capacity():
+    router, x = MoERouter(6, ["a", "b"], hidden_dim=5, eval_capacity_factor=1.0).eval(), torch.randn(40, 6)
+    with router.force("b"), record_routing(router) as trace:
+        out = router(x)
+    assert trace[0].dropped().sum() == 0
+    torch.testing.assert_close(out, router.experts["b"](x) * trace[0].scores()[:, 1:])

@@ -209,6 +209,15 @@ def test_drop_keeps_the_first_the_best_or_a_random_few(policy, capacity, device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_weights_of_sigmoids_that_are_all_zero_are_zero(device):
+    logits = torch.full((3, 4), -160.0, device=device, requires_grad=True)
+    gated = ops.gate(logits, 2, "sigmoid", True)
+    assert not gated.weights.any()
+    gated.weights.sum().backward()
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("given", ["priority", "seed"])
 def test_drop_of_many_is_that_of_few(given, device, monkeypatch):
     generator = torch.Generator().manual_seed(5)
@@ -472,6 +481,7 @@ def differentiable(case: str) -> list:
             (given["rows"], given["weights"], given["residual"]),
         ),
         (lambda r, w: ops.grouped_mm(r, w, given["ends"]), (given["rows"], given["gate_up"])),
+        (lambda r, *w: ops.grouped_mm(r, w, given["ends"]), (given["rows"], *given["gate_up"].clone())),
         (ops.swiglu, (given["gate_up"][0].T,)),
     ]
 
@@ -549,7 +559,8 @@ def opcheck_calls(dtype: torch.dtype) -> dict[str, tuple]:
     wide = given["weights"].dtype
     logits = logits_of("plain", wide)
     plan = (given["order"], given["position"])
-    grouped = (given["rows"], given["gate_up"], given["ends"])
+    grouped = (given["rows"], list(given["gate_up"]), given["ends"])
+    asked = [True, False, True, False]
     return {
         "gate_logits": (grad["tokens"], grad["weight"]),
         "gate_logits_backward": (logits, given["tokens"], given["weight"], True, False),
@@ -562,8 +573,8 @@ def opcheck_calls(dtype: torch.dtype) -> dict[str, tuple]:
         "permute_backward": (given["rows"], plan[1]),
         "combine": (grad["rows"], *plan, grad["weights"], given["residual"].clone().requires_grad_()),
         "combine_backward": (given["residual"], given["rows"], *plan, given["weights"]),
-        "grouped_mm": (grad["rows"], given["gate_up"].clone().requires_grad_(), given["ends"]),
-        "grouped_mm_backward": (given["rows"] @ given["gate_up"][0].T, *grouped, True, False),
+        "grouped_mm": (grad["rows"], [w.clone().requires_grad_() for w in given["gate_up"]], given["ends"]),
+        "grouped_mm_backward": (given["rows"] @ given["gate_up"][0].T, *grouped, True, asked),
         "swiglu": (grad["tokens"],),
         "swiglu_backward": (given["tokens"][:, :12], given["tokens"]),
         "decode_ffn": (*(given[n] for n in ("tokens", "experts", "weights", "gate_up", "down")), None),

@@ -6,6 +6,8 @@ import io
 import pytest
 import safetensors.torch
 import torch
+from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from medplib.errors import InputError
@@ -162,6 +164,37 @@ def test_weights_go_through_safetensors_one_expert_alone_too(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), router.parameters(), strict=True))
     one = safetensors.torch.save(router.experts["expert_1"].state_dict())
     assert len(one) < 3 * DIM * HIDDEN * 4 + 500
+
+
+class Shared(nn.Module, PyTorchModelHubMixin):
+    """A user's model, saved as the hub's mixin does."""
+
+    def __init__(self):
+        super().__init__()
+        self.mixture = make_router()
+
+
+def test_whatever_saves_a_model_keeps_every_expert(tmp_path):
+    model = Shared()
+    wanted = {key: value.clone() for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "hub")
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    Accelerator(cpu=True).save_model(model, str(tmp_path / "accelerate"))
+    for file in ("hub/model.safetensors", "model.safetensors", "accelerate/model.safetensors"):
+        found = safetensors.torch.load_file(tmp_path / file)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+    size = len(safetensors.torch.save(wanted))
+    torch.save(model.mixture.experts["expert_0"].state_dict(), tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < size / 3 + 3000
+    twin = Shared.from_pretrained(tmp_path / "hub")
+    assert all(torch.equal(twin.state_dict()[key], value) for key, value in wanted.items())
+
+
+def test_shared_memory_is_shared_by_every_expert():
+    router = make_router().share_memory()
+    assert all(parameter.is_shared() for parameter in router.parameters())
+    assert_packed(router)
 
 
 def test_replaced_parameters_are_noticed_and_packed_again_on_request():

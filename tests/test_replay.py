@@ -102,3 +102,16 @@ def test_replay_refuses_another_model_another_shape_and_one_call_more():
     model.layers[1] = MoERouter(DIM, ("a", "b"))
     with pytest.raises(InputError, match="was recorded with the experts"), replay_routing(model, trace):
         pass
+
+
+def test_replay_refuses_another_mask():
+    model, x, mask = TwoLayers(), torch.randn(2, 6, DIM), torch.arange(6).expand(2, 6) < 4
+    with record_routing(model) as trace, routing_mask(mask):
+        model(x)
+    for other, count in ((None, 4), (torch.arange(6).expand(2, 6) > 0, 6)):
+        with (
+            replay_routing(model, trace),
+            routing_mask(other),
+            pytest.raises(InputError, match=rf"layers.0 was recorded with another mask: {count} tokens"),
+        ):
+            model(x)

@@ -140,7 +140,13 @@ def test_top_1_with_renormalisation_is_refused_because_the_gate_would_not_learn(
         ({"experts": {"a": 3}}, "must be an nn.Module"),
         ({"experts": "swiglu"}, "experts must be"),
         ({"experts": 2, "score": "softmin"}, "softmax, sigmoid; got 'softmin'"),
-        ({"experts": 2, "capacity_factor": 0}, "capacity_factor must be above 0"),
+        ({"experts": 2, "capacity_factor": 0}, "capacity_factor must be a finite number above 0"),
+        ({"experts": 2, "capacity_factor": "1"}, "capacity_factor must be a finite number above 0"),
+        ({"experts": 2, "capacity_factor": float("inf")}, "above 0, or None to serve all; got inf"),
+        ({"experts": 2, "gate_args": {"scale": 0.0}}, "scale must be a finite number above 0, got 0.0"),
+        ({"experts": 2, "gate_args": {"scale": float("nan")}}, "scale must be a finite number above 0"),
+        ({"experts": 2, "balance_loss_coef": -1}, "balance_loss_coef must be a finite number of at least 0"),
+        ({"experts": 2, "z_loss_coef": "x"}, "z_loss_coef must be a finite number of at least 0, got 'x'"),
     ],
 )
 def test_wrong_argument_is_named(arguments, message):
@@ -437,3 +443,8 @@ def test_llama_feed_forward_weights_load_as_they_are():
     x = torch.randn(3, DIM)
     expected = llama["down_proj"](nn.functional.silu(llama["gate_proj"](x)) * llama["up_proj"](x))
     assert torch.equal(ours(x), expected)
+
+
+def test_whole_numbers_as_input_are_refused():
+    with pytest.raises(InputError, match=r"floating-point tensor, got torch\.int64"):
+        make_router()(torch.ones(2, DIM, dtype=torch.int64))

@@ -137,8 +137,10 @@ def test_schedule_moves_through_its_phases_and_says_when():
         ("mixture", True, ["0.gate", "1.gate", "1.vqa"]),
         ("mixture", False, ["0.gate", "1.gate", "1.vqa"]),
     ]
-    with pytest.raises(InputError, match="step must be between 0 and 4, got 5"):
+    with pytest.raises(InputError, match="step must be a whole number between 0 and 4, got 5"):
         schedule.apply(model, 5)
+    with pytest.raises(InputError, match=r"whole number between 0 and 4, got 1\.5"):
+        schedule.apply(model, 1.5)
 
 
 def test_expert_starts_from_another_one_when_its_phase_begins_and_not_on_resuming():
@@ -150,6 +152,16 @@ def test_expert_starts_from_another_one_when_its_phase_begins_and_not_on_resumin
         assert ExpertSchedule(phases).apply(model, step) is not None
         wanted = experts["vqa"].up_proj.weight if copied else before
         assert torch.equal(experts["grounding"].up_proj.weight, wanted)
+
+
+def test_experts_can_start_from_each_other():
+    model = Layers(1)
+    experts = model.layers[0]["mlp"].experts
+    before = {name: experts[name].up_proj.weight.detach().clone() for name in ("vqa", "grounding")}
+    swap = Phase("swap", 1, ("vqa",), init_from={"grounding": "vqa", "vqa": "grounding"})
+    ExpertSchedule([swap]).apply(model, 0)
+    assert torch.equal(experts["vqa"].up_proj.weight, before["grounding"])
+    assert torch.equal(experts["grounding"].up_proj.weight, before["vqa"])
 
 
 @pytest.mark.parametrize(

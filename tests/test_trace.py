@@ -189,3 +189,10 @@ def test_plot_without_matplotlib_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"medplib\[notebook\]"):
         trace.plot()
+
+
+def test_forward_without_tokens_has_token_types():
+    router = MoERouter(6, ["a", "b"], hidden_dim=5)
+    with record_routing(router) as trace:
+        router(torch.randn(2, 0, 6))
+    assert trace.by_token_type(torch.zeros(2, 0)) == {"router": {}}

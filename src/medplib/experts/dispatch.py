@@ -6,10 +6,10 @@ experts.
 Every way gives the same sum. Which one is taken:
 
     few       on the CPU, n <= FEW: sorted on the host, where the operators would cost more than the experts
-    streamed  on CUDA, or compiled, n <= STREAMED, packed SwiGLU experts, no gradient: one kernel that reads
-              the chosen experts' weights and no others
+    streamed  on CUDA, n <= STREAMED, packed SwiGLU experts, no gradient: one kernel that reads the chosen
+              experts' weights and no others
     grouped   compiled, captured into a CUDA graph, or on CUDA with T < GROUPED: one grouped product for all
-              experts; the host never waits for a number
+              experts; on CUDA the host never waits for a number
     sorted    all else: one product per expert, on rows that lie together; a frozen expert's weight gradient
               is not computed
     everyone  compiled or captured, and experts that no grouped product takes: each expert on all tokens, its
@@ -71,9 +71,9 @@ def mix_eager(
     """`mix` where the host may read numbers. plain: the experts' tables where they are no more than that and
     nobody wants a gradient."""
     if not tokens.is_cuda:
-        few = experts.numel() <= FEW and len(tokens)
+        few = experts.numel() <= FEW and tokens.shape[0]
         return (_mix_few if few else _mix_sorted)(tokens, experts, weights, modules)
-    if plain is not None and (experts.numel() <= STREAMED or len(tokens) < GROUPED):
+    if plain is not None and (experts.numel() <= STREAMED or tokens.shape[0] < GROUPED):
         return _mix_tables(tokens, experts, weights, plain, len(modules))
     return _mix_sorted(tokens, experts, weights, modules, plain)
 
@@ -108,7 +108,7 @@ def _mix_sorted(
         if len(part)
     ]
     if not answers:
-        return torch.zeros_like(tokens)
+        return tokens.new_zeros(tokens.shape, dtype=product_type(tokens))
     joined = torch.cat(answers) if len(answers) > 1 else answers[0]  # (R, D)
     return ops.combine(joined, plan.order[: len(joined)], weights, plan.position)  # (T, D)
 
@@ -165,8 +165,7 @@ def _mix_tables(
     tokens: Tensor, experts: Tensor, weights: Tensor, grouped: PlainSwiGLU | Layered, num_experts: int
 ) -> Tensor:
     """The same streamed or with grouped products; nothing is read on the host."""
-    few = experts.numel() <= STREAMED and not torch.is_grad_enabled()
-    if few and isinstance(grouped, PlainSwiGLU):
+    if isinstance(grouped, PlainSwiGLU) and not torch.is_grad_enabled() and experts.numel() <= STREAMED:
         return ops.decode_ffn(tokens, experts, weights, grouped.gate_up, grouped.down)
     plan = ops.plan(experts, num_experts)
     rows = ops.permute(tokens, plan.order, experts.shape[1], plan.position)  # (n, D)

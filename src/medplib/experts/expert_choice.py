@@ -73,7 +73,7 @@ class ExpertChoiceGate(nn.Module):
             )
             return Routing(logits, *ops.route(logits, self.eval_top_k))  # type: ignore[arg-type]
         probabilities = logits.softmax(dim=-1)  # (T, E)
-        capacity = -(-len(tokens) * self.top_k // self.num_experts)  # C
+        capacity = -(-tokens.shape[0] * self.top_k // self.num_experts)  # C
         best = probabilities.detach().sort(dim=0, descending=True, stable=True).indices[:capacity]  # (C, E)
         chosen = torch.zeros_like(probabilities, dtype=torch.bool).scatter(0, best, True)  # (T, E)
         liked = probabilities.detach().masked_fill(~chosen, -1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from medplib.errors import InputError
 from medplib.experts.context import Choice, choices_from, named_routers
+from medplib.experts.dispatch import is_captured
 from medplib.experts.gate import Routing, gather_or_zero
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
 def force_expert(model: nn.Module, name: str) -> Iterator[None]:
     """Send every token of every MoERouter in `model` to the expert called `name`.
 
-    The weight is that expert's own probability, as the gate gives it, whether or not it is the best one: what
-    the token would have had, had the gate chosen so. Meant for ablations and oracle routing.
+    No capacity drops any. The weight is that expert's own probability, as the gate gives it, whether or not
+    it is the best one: what the token would have had, had the gate chosen so. Meant for ablations and oracle
+    routing.
     """
     routers = named_routers(model)
     if not routers:
@@ -75,7 +77,7 @@ def _one_expert(index: int) -> Callable[[], Choice]:
         """The same probabilities, with one expert chosen for all: experts (T, 1), weights (T, 1)."""
         chosen = torch.full_like(routing.experts[:, :1], index)  # (T, 1)
         weights = routing.probabilities[:, index : index + 1] * getattr(router.gate, "scale", 1.0)
-        return dataclasses.replace(routing, experts=chosen, weights=weights, served=None)
+        return dataclasses.replace(routing, experts=chosen, weights=weights, served=chosen)
 
     return lambda: choose
 
@@ -90,6 +92,7 @@ class _Tape:
         if self.call == len(self.layer.experts):
             raise InputError(f"{self.name} was recorded for {self.call} forwards, and this is one more.")
         experts, served = self.layer.experts[self.call], self.layer.served[self.call]
+        real = ~self.layer.probabilities[self.call][..., 0].isnan()  # (...)
         self.call += 1
 
         def choose(router: MoERouter, routing: Routing, shape: torch.Size, kept: Tensor | None) -> Routing:
@@ -98,11 +101,29 @@ class _Tape:
                     f"{self.name} was recorded with tokens of shape {tuple(experts.shape[:-1])}, got "
                     f"{tuple(shape)}."
                 )
+            _check_padding(self.name, real.reshape(-1), kept)
             return _with_choice(
                 router, routing, *(_routed(a, router, routing, kept) for a in (experts, served))
             )
 
         return choose
+
+
+def _check_padding(name: str, was_real: Tensor, kept: Tensor | None) -> None:
+    """Raise InputError where a token that is routed now was padding in the recording, or the other way round.
+
+    was_real (all tokens,). In compiled and captured code nothing can be read, and nothing is checked.
+    """
+    if is_captured(was_real if kept is None else kept):
+        return
+    real = torch.ones_like(was_real)
+    if kept is not None:
+        real = torch.zeros_like(was_real).index_fill(0, kept.to(was_real.device), True)
+    if not torch.equal(real, was_real):
+        raise InputError(
+            f"{name} was recorded with another mask: {int((real != was_real).sum())} tokens are padding in "
+            "one of the two; give the mask of the recording."
+        )
 
 
 def _routed(recorded: Tensor, router: MoERouter, routing: Routing, kept: Tensor | None) -> Tensor:

@@ -88,6 +88,8 @@ class TopKGate(nn.Module):
         check_gate(num_experts, top_k)
         if score not in SCORES:
             raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}.")
+        if not is_number(scale) or scale <= 0:
+            raise InputError(f"scale must be a finite number above 0, got {scale!r}.")
         if renormalize and top_k == 1:
             raise InputError(
                 "renormalize=True with top_k=1 makes every weight exactly 1, so the gate gets zero gradient "
@@ -126,7 +128,8 @@ class TopKGate(nn.Module):
         """The weights (T, K) of a given choice: probabilities (T, E), experts (T, K)."""
         weights = gather_or_zero(probabilities, experts)  # (T, K)
         if self.renormalize and experts.shape[1] > 1:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / total.masked_fill(total == 0, 1)
         return weights if self.scale == 1 else weights * self.scale
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -161,6 +164,11 @@ def check_gate(num_experts: int, top_k: int) -> None:
         raise InputError(f"num_experts must be a whole number of at least 1, got {num_experts!r}.")
     if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise InputError(f"top_k must be between 1 and {num_experts} (the number of experts), got {top_k!r}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def gate_weight(dim: int, num_experts: int) -> nn.Parameter:

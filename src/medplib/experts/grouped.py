@@ -17,41 +17,48 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medplib import ops
+from medplib.experts.mlp import GELUMLP, SwiGLU
 
 Packed = Callable[[], "dict[str, Tensor] | None"]
+Table = Tensor | list[Tensor]  # (E, H, D), as a GPU's grouped product wants it; or each expert's own (H, D)
 
-# Classes whose forward is down(silu(gate(x)) * up(x)), by name because transformers need not be there.
-_SWIGLU = ("SwiGLU", "LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+# transformers' classes whose forward is down(silu(gate(x)) * up(x)), by name: transformers need not be there.
+_SWIGLU = tuple(
+    (f"transformers.models.{model.lower()}.modeling_{model.lower()}", f"{model}MLP")
+    for model in ("Llama", "Mistral", "Qwen2", "Qwen3")
+)
 
 
 @dataclass
 class Layer:
-    """The same linear layer of all experts: weight (E, H, D); bias (E, H, 8), whose first column it is.
+    """The same linear layer of all experts: weight E times (H, D); bias E times (H, 8), whose first column it
+    is.
 
-    LoRA: (E, r, D) and (E, H, r), the latter scaled; dropout: the chance to drop a number of its input.
+    LoRA: E times (r, D) and E times (H, r), the latter scaled; dropout: the chance to drop a number of its
+    input.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    lora: tuple[Tensor, Tensor] | None = None
+    weight: Table
+    bias: Table | None = None
+    lora: tuple[Table, Table] | None = None
     dropout: float = 0.0
 
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows (n, D) of which expert e has those up to ends[e] -> (n, H)."""
-        out = grouped_mm(rows.to(self.weight.dtype), self.weight, ends)
+        out = grouped_mm(rows, self.weight, ends)
         if self.bias is not None:
-            one = F.pad(out.new_ones(len(rows), 1), (0, self.bias.shape[2] - 1))
+            one = F.pad(out.new_ones(rows.shape[0], 1), (0, 7))
             out = out + grouped_mm(one, self.bias, ends)
         if self.lora is not None:
             down, up = self.lora
-            kept = F.dropout(rows.to(down.dtype), self.dropout)
+            kept = F.dropout(rows.to(down[0].dtype), self.dropout)
             out = (out + grouped_mm(grouped_mm(kept, down, ends), up, ends)).to(out.dtype)
         return out
 
 
 @dataclass
 class PlainSwiGLU:
-    """SwiGLU experts and no more: gate_up (E, 2H, D), gate first; down (E, D, H)."""
+    """SwiGLU experts and no more, as tables: gate_up (E, 2H, D), gate first; down (E, D, H)."""
 
     gate_up: Tensor
     down: Tensor
@@ -74,12 +81,12 @@ class Layered:
         hidden = self.up(rows, ends)  # (n, H)
         if self.gate is None:
             return self.down(F.gelu(hidden), ends)
-        return self.down(ops.swiglu(torch.cat([self.gate(rows, ends), hidden], dim=-1)), ends)
+        return self.down(F.silu(self.gate(rows, ends)) * hidden, ends)
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows (n, D), weights (E, H, D) -> (n, H). torch's own takes bfloat16 alone under torch.compile."""
-    if rows.dtype == torch.bfloat16 and weights.shape[1] % 8 == weights.shape[2] % 8 == 0:
+def grouped_mm(rows: Tensor, weights: Table, ends: Tensor) -> Tensor:
+    """rows (n, D), weights E times (H, D) -> (n, H); a table goes to torch's own product, for bfloat16."""
+    if isinstance(weights, Tensor):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
     return ops.grouped_mm(rows, weights, ends)
 
@@ -102,8 +109,8 @@ def group_experts(
 ) -> PlainSwiGLU | Layered | None:
     """The experts for grouped products on tokens (T, D) of `product_type`, None if these take them not.
 
-    Weights that train are copied side by side, so that gradients flow to each expert's own; others are taken
-    where they lie if they are packed.
+    On a CPU each expert's weights are taken as they are, and frozen ones cost no gradient. On a GPU weights
+    that train are copied side by side; others are taken where they lie if they are packed.
     """
     kind, layers = product_type(tokens), _layers(modules)
     if layers is None or not all(_alike(row) for row in layers.values()):
@@ -111,16 +118,18 @@ def group_experts(
     parts = [one for row in layers.values() for one in row]
     if not all(_takes(tokens, kind, one) for one in parts):
         return None
+    if not tokens.is_cuda:
+        return _layered(layers, None, kind)
     trained = torch.is_grad_enabled() and any(one.weight.requires_grad for one in parts)
-    views = None if packed is None or trained else packed()
+    kept = packed is not None and not trained and not torch.compiler.is_exporting()
+    views = packed() if kept else None
     if not _are_plain_swiglu(layers):
-        found = {name: _layer(name, row, views, kind) for name, row in layers.items()}
-        return Layered(found.get("gate_proj"), found["up_proj"], found["down_proj"])
+        return _layered(layers, views, kind)
     if views is not None:
         return PlainSwiGLU(views["gate_up_proj.weight"].to(kind), views["down_proj.weight"].to(kind))
     pairs = zip(layers["gate_proj"], layers["up_proj"], strict=True)
-    gate_up = torch.stack([torch.cat([gate.weight, up.weight]) for gate, up in pairs])
-    return PlainSwiGLU(gate_up.to(kind), torch.stack([one.weight for one in layers["down_proj"]]).to(kind))
+    gate_up = torch.stack([torch.cat([gate.weight.to(kind), up.weight.to(kind)]) for gate, up in pairs])
+    return PlainSwiGLU(gate_up, _table([one.weight.to(kind) for one in layers["down_proj"]], True))
 
 
 def _are_plain_swiglu(layers: Mapping[str, list[_Linear]]) -> bool:
@@ -134,13 +143,27 @@ def _alike(row: list[_Linear]) -> bool:
     return len(sizes) == 1 and len(adapters) <= 1
 
 
+def _layered(
+    layers: Mapping[str, list[_Linear]], views: dict[str, Tensor] | None, kind: torch.dtype
+) -> Layered:
+    found = {name: _layer(name, row, views, kind) for name, row in layers.items()}
+    return Layered(found.get("gate_proj"), found["up_proj"], found["down_proj"])
+
+
 def _layer(name: str, row: list[_Linear], views: dict[str, Tensor] | None, kind: torch.dtype) -> Layer:
-    weight = torch.stack([one.weight for one in row]) if views is None else _view(views, name)
-    bias = None
+    stacked, bias = row[0].weight.is_cuda, None
+    if views is None:
+        weight = _table([one.weight.to(kind) for one in row], stacked)
+    else:
+        weight = _view(views, name).to(kind)
     if row[0].bias is not None:
-        bias = F.pad(torch.stack([one.bias for one in row])[..., None].to(kind), (0, 7))  # (E, H, 8)
+        bias = _table([F.pad(one.bias.to(kind)[:, None], (0, 7)) for one in row], stacked)
     dropout = next((one.dropout for one in row if one.lora), 0.0)
-    return Layer(weight.to(kind), bias, _lora_tables(row, kind), dropout)
+    return Layer(weight, bias, _lora_tables(row, kind, stacked), dropout)
+
+
+def _table(tensors: list[Tensor], stacked: bool) -> Table:
+    return torch.stack(tensors) if stacked else tensors
 
 
 def _view(views: dict[str, Tensor], name: str) -> Tensor:
@@ -151,23 +174,22 @@ def _view(views: dict[str, Tensor], name: str) -> Tensor:
     return gate if name == "gate_proj" else up
 
 
-def _lora_tables(row: list[_Linear], kind: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def _lora_tables(row: list[_Linear], kind: torch.dtype, stacked: bool) -> tuple[Table, Table] | None:
     """The adapters of one layer, filled up with zeros to one rank, on a GPU a multiple of 8."""
     matrices = [matrix for one in row for matrix in one.matrices]
     if not matrices:
         return None
-    device = matrices[0].device.type
-    rank = max(sum(len(down) for down, _, _ in one.lora) for one in row)
-    rank = -(-rank // 8) * 8 if device == "cuda" else rank
-    of = kind if torch.is_autocast_enabled(device) else matrices[0].dtype
+    rank = max(sum(down.shape[0] for down, _, _ in one.lora) for one in row)
+    rank = -(-rank // 8) * 8 if stacked else rank
+    of = kind if torch.is_autocast_enabled(matrices[0].device.type) else matrices[0].dtype
     downs, ups = [], []
     for one in row:
         height, width = one.weight.shape
         down = torch.cat([one.weight.new_zeros(0, width, dtype=of), *(a.to(of) for a, _, _ in one.lora)])
         up = [one.weight.new_zeros(height, 0, dtype=of), *((b * scale).to(of) for _, b, scale in one.lora)]
-        downs.append(F.pad(down, (0, 0, 0, rank - len(down))))
-        ups.append(F.pad(torch.cat(up, dim=1), (0, rank - len(down))))
-    return torch.stack(downs), torch.stack(ups)
+        downs.append(F.pad(down, (0, 0, 0, rank - down.shape[0])))
+        ups.append(F.pad(torch.cat(up, dim=1), (0, rank - down.shape[0])))
+    return _table(downs, stacked), _table(ups, stacked)
 
 
 # -- what a module is ----------------------------------------------------------------------------------------
@@ -207,16 +229,28 @@ def _layers(modules: Mapping[str, nn.Module]) -> dict[str, list[_Linear]] | None
 
 
 def _layer_names(expert: nn.Module) -> tuple[str, ...] | None:
-    if expert._forward_hooks or expert._forward_pre_hooks:
+    if _has_more(expert):
         return None
-    if type(expert).__name__ in _SWIGLU and is_silu(getattr(expert, "act_fn", nn.SiLU())):
+    if type(expert) is SwiGLU:
         return ("gate_proj", "up_proj", "down_proj")
-    return ("up_proj", "down_proj") if type(expert).__name__ == "GELUMLP" else None
+    if type(expert) is GELUMLP:
+        return ("up_proj", "down_proj")
+    if (type(expert).__module__, type(expert).__name__) not in _SWIGLU:
+        return None
+    if not is_silu(expert.act_fn) or _has_more(expert.act_fn):
+        return None
+    return ("gate_proj", "up_proj", "down_proj")
+
+
+def _has_more(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward: hooks, or a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in module.__dict__
 
 
 def _read(layer: nn.Module) -> _Linear | None:
     """An nn.Linear, or peft's LoRA on one, as numbers; None for anything else."""
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if _has_more(layer):
         return None
     if type(layer) is nn.Linear:
         return _Linear(layer.weight, layer.bias, [])
@@ -234,12 +268,7 @@ def _read(layer: nn.Module) -> _Linear | None:
         if name not in layer.lora_A:
             continue
         down, up, dropout = _read(layer.lora_A[name]), _read(layer.lora_B[name]), layer.lora_dropout[name]
-        if (
-            down is None
-            or up is None
-            or not (down.plain and up.plain)
-            or name in getattr(layer, "lora_variant", {})
-        ):
+        if down is None or up is None or not (down.plain and up.plain) or _has_more(dropout):
             return None
         base.lora.append((down.weight, up.weight, layer.scaling[name]))
         dropouts.add(dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0)

@@ -7,9 +7,9 @@ E experts, D width, H hidden width.
     router.experts["vqa"].up_proj.weight               # (H, D), still a parameter of its own
 
 Packing changes where the numbers lie and nothing else: the parameters stay the same objects with their names,
-their requires_grad and their place in an optimiser. A router packs what it builds; modules that it was given,
-whose storage others may share, only when asked. One place needs care: torch.save of a single expert writes
-the storage of all of them (safetensors and save_pretrained do not).
+their requires_grad and their place in an optimiser. Each has a storage of its own over its part of the
+memory, so that whatever saves or shares tensors finds them apart. A router packs what it builds; modules that
+it was given, whose storage others may share, only when asked.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _PARTNER = {"gate_proj": "up_proj"}  # of equal shape, these become one matrix, 
 
 
 class Packed:
-    """The packed tensors of a router's experts, and the parameters that are views of them.
+    """The packed tensors of a router's experts, and the parameters that lie in them.
 
-    `weights` looks whether they still are; torch.compile cannot see where a tensor lies, and is content with
-    the same parameters.
+    `weights` looks whether they still do. Compiled code looks when it is compiled: weights that are moved
+    afterwards (`parameter.data = ...`), and no others, need a recompilation on a GPU.
     """
 
-    def __init__(self, router: MoERouter) -> None:
-        self.views = packed_views(router)
+    def __init__(self, router: MoERouter, views: dict[str, Tensor]) -> None:
+        self.views = views
         self.parameters = tuple(_base_parameters(router))
         self.places = tuple(parameter.data_ptr() for parameter in self.parameters)
 
@@ -49,10 +49,9 @@ class Packed:
             return None
         if any(ours is not theirs for ours, theirs in zip(self.parameters, current, strict=True)):
             return None
-        if not torch.compiler.is_compiling() and not self._in_place():
-            return None
-        return self.views
+        return self.views if self._in_place() else None
 
+    @torch.compiler.assume_constant_result
     def _in_place(self) -> bool:
         return all(
             type(parameter.data) is Tensor and parameter.data_ptr() == place
@@ -75,15 +74,28 @@ def pack_experts(router: MoERouter) -> Packed:
     groups = _groups(router)
     for name, rows in groups.items():
         _check(name, rows, router.names)
+    shared = any(parameter.is_shared() for parameter in _base_parameters(router) if not parameter.is_cuda)
+    views = {}
     with torch.no_grad():
-        for rows in groups.values():
+        for name, rows in groups.items():
             first = rows[0][0]
             packed = first.new_empty(len(rows), len(rows[0]), *first.shape)  # (E, 1 or 2, ...)
+            if shared:
+                packed.share_memory_()
             for e, row in enumerate(rows):
                 for g, parameter in enumerate(row):
                     packed[e, g] = parameter
-                    parameter.data = packed[e, g]
-    return Packed(router)
+                    parameter.data = packed[e, g] if shared else _own_storage(packed[e, g])
+            views[name] = packed.flatten(1, 2) if first.ndim else packed
+    return Packed(router, views)
+
+
+def _own_storage(part: Tensor) -> Tensor:
+    """The same memory under a storage of its own (one that is shared between processes must stay whole)."""
+    try:
+        return torch.from_dlpack(part)
+    except (BufferError, RuntimeError, TypeError):  # a type that DLPack lacks
+        return part
 
 
 def pack_mixtures(model: nn.Module, device: str = "cuda") -> None:
@@ -97,17 +109,6 @@ def pack_mixtures(model: nn.Module, device: str = "cuda") -> None:
         if there and router.packed_weights() is None:
             with contextlib.suppress(InputError):
                 router.pack()
-
-
-def packed_views(router: MoERouter) -> dict[str, Tensor] | None:
-    """Each kind of weight as one tensor (E, ...) without gradient, or None if the parameters lie apart."""
-    views = {}
-    for name, rows in _groups(router).items():
-        view = _view(rows)
-        if view is None:
-            return None
-        views[name] = view
-    return views or None
 
 
 def _groups(router: MoERouter) -> dict[str, list[list[nn.Parameter]]]:
@@ -172,35 +173,3 @@ def _check(name: str, rows: list[list[nn.Parameter]], experts: tuple[str, ...]) 
             )
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise InputError(f"{name} is one and the same parameter in several experts; it cannot be packed.")
-
-
-def _view(rows: list[list[nn.Parameter]]) -> Tensor | None:
-    """The tensor that these parameters are views of, with the members of a row one after another."""
-    if len({len(row) for row in rows}) > 1:
-        return None
-    first = rows[0][0]
-    if type(first.data) is not Tensor or first.is_meta or not first.is_contiguous():
-        return None
-    size, storage = first.numel(), first.untyped_storage().data_ptr()
-    place = first.storage_offset()
-    for row in rows:
-        for parameter in row:
-            if (
-                parameter.shape != first.shape
-                or parameter.dtype != first.dtype
-                or not parameter.is_contiguous()
-                or parameter.untyped_storage().data_ptr() != storage
-                or parameter.storage_offset() != place
-            ):
-                return None
-            place += size
-    members, shape = len(rows[0]), list(first.shape)
-    stacked = [len(rows), members * shape[0], *shape[1:]] if shape else [len(rows), members]
-    return first.detach().as_strided(stacked, _contiguous_strides(stacked), first.storage_offset())
-
-
-def _contiguous_strides(shape: list[int]) -> list[int]:
-    strides = [1]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * length)
-    return strides

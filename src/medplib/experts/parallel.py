@@ -176,9 +176,9 @@ def distribute_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for router in routers:
         exchange = Exchange(mesh, router.num_experts, router.packed_weights() is not None)
         own = dict(exchange.own(router.experts))
-        for expert in own.values():
-            for parameter in expert.parameters():
-                if parameter.untyped_storage().nbytes() > parameter.nbytes:
+        if exchange.packed:
+            for expert in own.values():
+                for parameter in expert.parameters():
                     parameter.data = parameter.data.clone()
         for place, (name, expert) in enumerate(list(router.experts.items())):
             if name not in own:

@@ -36,7 +36,7 @@ from medplib.experts.context import (
 )
 from medplib.experts.dispatch import is_captured, mix
 from medplib.experts.force import force_expert
-from medplib.experts.gate import Routing, TopKGate
+from medplib.experts.gate import Routing, TopKGate, is_number
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.packing import Packed, pack_experts
 from medplib.registry import EXPERTS
@@ -101,6 +101,13 @@ class MoERouter(nn.Module):
         if not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim must be a whole number of at least 1, got {dim!r}.")
         _check_capacity(capacity_factor, eval_capacity_factor, min_capacity, drop)
+        for name, value in (
+            ("balance_loss_coef", balance_loss_coef),
+            ("sequence_loss_coef", sequence_loss_coef),
+            ("z_loss_coef", z_loss_coef),
+        ):
+            if not is_number(value) or value < 0:
+                raise InputError(f"{name} must be a finite number of at least 0, got {value!r}.")
         names = expert_names(experts)
         gate_args = dict(gate_args or {})
         if parity is not None:
@@ -168,13 +175,16 @@ class MoERouter(nn.Module):
         """
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise InputError(f"MoERouter of width {self.dim} got a tensor of shape {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise InputError(f"MoERouter needs a floating-point tensor, got {x.dtype}; cast it first.")
         if self.parity is not None and mask is not None:
             raise InputError(f"parity={self.parity!r} routes padding too, as published; give no mask.")
         padding, choice = self._surroundings(mask)
         tokens = x.reshape(-1, self.dim)  # (all tokens, D)
         if padding is not None and is_captured(x):
-            out = self._mix(tokens, choice, x.shape[:-1], None, padding.flat(x.shape[:-1], x.device))
-            return out.view(x.shape)
+            real = padding.flat(x.shape[:-1], x.device)  # (all tokens,)
+            tokens = tokens.masked_fill(~real.unsqueeze(1), 0)  # what is no number must not reach a gradient
+            return self._mix(tokens, choice, x.shape[:-1], None, real).view(x.shape)
         kept = None if padding is None else padding.positions(x.shape[:-1], x.device)  # (T,)
         out = self._mix(tokens if kept is None else tokens.index_select(0, kept), choice, x.shape[:-1], kept)
         if kept is not None:
@@ -196,7 +206,7 @@ class MoERouter(nn.Module):
         if real is not None:
             self._check_padding_along()
         routing = self.gate(tokens)
-        check_routing(routing, len(tokens), self.num_experts, self.gate)
+        check_routing(routing, tokens.shape[0], self.num_experts, self.gate)
         if choice is not None:
             routing = choice(self, routing, shape, kept)
         if real is not None:
@@ -213,7 +223,7 @@ class MoERouter(nn.Module):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         if factor is None or routing.served is not None or self.parity is not None:
             return routing
-        capacity = max(ops.capacity_of(len(tokens), self.num_experts, factor), self.min_capacity)
+        capacity = max(ops.capacity_of(tokens.shape[0], self.num_experts, factor), self.min_capacity)
         return limit(routing, self.num_experts, capacity, self.drop, self.drop_noise)
 
     def _check_padding_along(self) -> None:
@@ -370,8 +380,8 @@ def _check_capacity(
         ("capacity_factor", capacity_factor),
         ("eval_capacity_factor", eval_capacity_factor),
     ):
-        if value is not None and not value > 0:
-            raise InputError(f"{name} must be above 0, or None to serve all; got {value!r}.")
+        if value is not None and not (is_number(value) and value > 0):
+            raise InputError(f"{name} must be a finite number above 0, or None to serve all; got {value!r}.")
     if isinstance(min_capacity, bool) or not isinstance(min_capacity, int) or min_capacity < 0:
         raise InputError(f"min_capacity must be a whole number of at least 0, got {min_capacity!r}.")
     if drop not in DROPS:

@@ -15,6 +15,7 @@ Only routers are touched; what else trains is the business of medplib.stages.
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
@@ -136,8 +137,10 @@ class ExpertSchedule:
         return changed
 
     def _index(self, step: int) -> int:
-        if not 0 <= step < self.total_steps:
-            raise InputError(f"step must be between 0 and {self.total_steps - 1}, got {step}.")
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < self.total_steps:
+            raise InputError(
+                f"step must be a whole number between 0 and {self.total_steps - 1}, got {step!r}."
+            )
         return bisect.bisect_right(self._ends, step)
 
 
@@ -187,5 +190,7 @@ def _copies(model: nn.Module, phase: Phase) -> list[tuple[MoERouter, str, str | 
             raise unknown_expert(target, known)
         for router in found:
             check_source(router, target, source)
+            if isinstance(source, str) and source in phase.init_from:  # as it is before any copy
+                source = copy.deepcopy(router.experts[source])
             copies.append((router, target, source))
     return copies

@@ -195,7 +195,7 @@ class RoutingTrace:
         for name, layer in self._run():
             choices = layer.choices()  # (..., S, K)
             here = _fit_labels(labels, tuple(choices.shape[:-1]), rest, name).reshape(-1)  # (T,)
-            flat = choices.reshape(len(here), -1).numpy()  # (T, K)
+            flat = choices.reshape(len(here), choices.shape[-1]).numpy()  # (T, K)
             result[name] = {}
             for label in sorted(set(here.tolist()), key=str):
                 chosen = flat[here == label]

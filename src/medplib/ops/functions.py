@@ -17,6 +17,7 @@ and in torch.export.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +206,8 @@ def _operator(name: str, *args: Any) -> Any:
     """`torch.ops.medplib.<name>`; or its meaning at once, without the 20 us that the dispatcher takes, on the
     CPU where no compiled kernel, gradient or tracer is concerned."""
     plain = not _loader.loaded("cpu") and not torch.compiler.is_compiling()
-    if plain and all(_is_plain(arg) for arg in args if isinstance(arg, Tensor)):
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)]
+    if plain and all(_is_plain(tensor) for tensor in tensors):
         return getattr(reference, name)(*args)
     return getattr(torch.ops.medplib, name)(*args)
 
@@ -264,22 +266,28 @@ def combine(
     return _operator("combine", rows, order, position, weights, residual)
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Each expert's product with its own rows, in any type: rows (R, D), weights (E, H, D) -> (R, H).
+def grouped_mm(rows: Tensor, weights: Tensor | Sequence[Tensor], ends: Tensor) -> Tensor:
+    """Each expert's product with its own rows, in any type: rows (R, D) -> (R, H).
 
-    ends (E,), from `plan`, says where each expert's rows end; rows after the last one give zeros. It reads
-    the ends on the host: on CUDA in bfloat16, F.grouped_mm does without.
+    weights: (E, H, D), or each expert's own (H, D), of which those without requires_grad cost no product in
+    the backward. ends (E,), from `plan`, says where each expert's rows end; rows after the last one give
+    zeros. It reads the ends on the host: on CUDA in bfloat16, F.grouped_mm does without.
     """
-    if rows.ndim != 2 or weights.ndim != 3 or rows.shape[1] != weights.shape[2]:
+    tables = list(weights.unbind(0) if isinstance(weights, Tensor) and weights.ndim == 3 else weights)
+    shapes = {tuple(weight.shape) for weight in tables}
+    if rows.ndim != 2 or len(shapes) != 1 or any(len(s) != 2 or s[1] != rows.shape[1] for s in shapes):
         raise InputError(
             f"grouped_mm needs rows (R, D) and weights (E, H, D), got {tuple(rows.shape)} and "
-            f"{tuple(weights.shape)}."
+            f"{tuple(weights.shape) if isinstance(weights, Tensor) else sorted(shapes)}."
         )
-    if ends.shape != weights.shape[:1]:
-        raise InputError(f"ends must be one per expert, ({len(weights)},), got {tuple(ends.shape)}.")
-    if rows.dtype != weights.dtype:
-        raise InputError(f"grouped_mm needs one type, got rows {rows.dtype} and weights {weights.dtype}.")
-    return _operator("grouped_mm", rows, weights, ends)
+    if ends.shape != (len(tables),):
+        raise InputError(f"ends must be one per expert, ({len(tables)},), got {tuple(ends.shape)}.")
+    kinds = {weight.dtype for weight in tables}
+    if kinds != {rows.dtype}:
+        raise InputError(
+            f"grouped_mm needs one type, got rows {rows.dtype} and weights {', '.join(map(str, kinds))}."
+        )
+    return _operator("grouped_mm", rows, tables, ends)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -35,9 +35,9 @@ SCHEMAS = {
     "combine": "(Tensor rows, Tensor order, Tensor position, Tensor weights, Tensor? residual) -> Tensor",
     "combine_backward": "(Tensor grad, Tensor rows, Tensor order, Tensor position, Tensor weights) "
     "-> (Tensor, Tensor)",
-    "grouped_mm": "(Tensor rows, Tensor weights, Tensor ends) -> Tensor",
-    "grouped_mm_backward": "(Tensor grad, Tensor rows, Tensor weights, Tensor ends, bool for_rows, "
-    "bool for_weights) -> (Tensor, Tensor)",
+    "grouped_mm": "(Tensor rows, Tensor[] weights, Tensor ends) -> Tensor",
+    "grouped_mm_backward": "(Tensor grad, Tensor rows, Tensor[] weights, Tensor ends, bool for_rows, "
+    "bool[] for_weights) -> (Tensor, Tensor[])",
     "swiglu": "(Tensor gate_up) -> Tensor",
     "swiglu_backward": "(Tensor grad, Tensor gate_up) -> Tensor",
     "decode_ffn": "(Tensor tokens, Tensor experts, Tensor weights, Tensor gate_up, Tensor down, "
@@ -126,16 +126,21 @@ def _combine_backward_shape(
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
-def _grouped_mm_shape(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights.shape[1])  # (R, H)
+def _grouped_mm_shape(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights[0].shape[0])  # (R, H)
 
 
 def _grouped_mm_backward_shape(
-    grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor, for_rows: bool, for_weights: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    ends: Tensor,
+    for_rows: bool,
+    for_weights: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
     return (
-        torch.empty_like(rows) if for_rows else rows.new_empty(0),
-        torch.empty_like(weights) if for_weights else weights.new_empty(0),
+        rows.new_empty(rows.shape if for_rows else (0,)),
+        [w.new_empty(w.shape if asked else (0,)) for w, asked in zip(weights, for_weights, strict=True)],
     )
 
 
@@ -203,13 +208,16 @@ def _combine_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_grouped_mm(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    rows, weights, ends = inputs
+    ctx.save_for_backward(rows, ends, *weights)
 
 
-def _grouped_mm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    for_rows, for_weights = ctx.needs_input_grad[:2]
-    grads = torch.ops.medplib.grouped_mm_backward(grad, *ctx.saved_tensors, for_rows, for_weights)
-    return grads[0] if for_rows else None, grads[1] if for_weights else None, None
+def _grouped_mm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Tensor | None], None]:
+    rows, ends, *weights = ctx.saved_tensors
+    for_rows, for_weights = ctx.needs_input_grad[:2]  # a frozen expert costs no product
+    grads = torch.ops.medplib.grouped_mm_backward(grad, rows, weights, ends, for_rows, list(for_weights))
+    of_weights = [one if asked else None for one, asked in zip(grads[1], for_weights, strict=True)]
+    return grads[0] if for_rows else None, of_weights, None
 
 
 def _keep_swiglu(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:

@@ -13,6 +13,8 @@ The functions here are what `library.py` registers: same arguments, same results
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -82,7 +84,8 @@ def gate(
     experts = choose_top_k(logits if selection is None else selection, k)  # (T, K)
     weights = probabilities.gather(-1, experts)  # (T, K)
     if renormalize:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        total = weights.sum(dim=-1, keepdim=True)
+        weights = weights / total.masked_fill(total == 0, 1)  # sigmoids that are all 0 stay 0
     if mask is not None:
         hidden = ~mask.unsqueeze(1)  # (T, 1)
         probabilities, weights = probabilities.masked_fill(hidden, 0), weights.masked_fill(hidden, 0)
@@ -276,13 +279,14 @@ def _weighted(
     return term * weights[:, choice].where(index >= 0, 0).unsqueeze(1)
 
 
-def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """rows (R, D), weights (E, H, D), ends (E,) -> (R, H): each row by its expert's weight, as F.linear does.
+def grouped_mm(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
+    """rows (R, D), weights E times (H, D), ends (E,) -> (R, H): each row by its expert's weight, as F.linear
+    does.
 
     Expert e has the rows from ends[e - 1] to ends[e]; rows after the last end become zeros. The ends are read
     on the host.
     """
-    out = rows.new_empty(len(rows), weights.shape[1])
+    out = rows.new_empty(rows.shape[0], weights[0].shape[0])
     start = 0
     with _without_autocast(rows):
         for weight, end in zip(weights, ends.tolist(), strict=True):
@@ -294,22 +298,26 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_mm_backward(
-    grad: Tensor, rows: Tensor, weights: Tensor, ends: Tensor, for_rows: bool, for_weights: bool
-) -> tuple[Tensor, Tensor]:
-    """grad (R, H) -> that of the rows (R, D) and of the weights (E, H, D).
+    grad: Tensor,
+    rows: Tensor,
+    weights: Sequence[Tensor],
+    ends: Tensor,
+    for_rows: bool,
+    for_weights: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """grad (R, H) -> that of the rows (R, D) and of each weight (H, D).
 
     What is not asked for is not computed and comes back empty (0,).
     """
-    grad_rows = torch.empty_like(rows) if for_rows else rows.new_empty(0)
-    grad_weights = torch.empty_like(weights) if for_weights else weights.new_empty(0)
-    start = 0
+    grad_rows = rows.new_empty(rows.shape if for_rows else (0,))
+    grad_weights, start = [], 0
     with _without_autocast(rows):
-        for e, end in enumerate(ends.tolist()):
+        for weight, asked, end in zip(weights, for_weights, ends.tolist(), strict=True):
             part = slice(start, end)
             if for_rows and end > start:
-                torch.mm(grad[part], weights[e], out=grad_rows[part])
-            if for_weights:
-                torch.mm(grad[part].T, rows[part], out=grad_weights[e])  # zeros where it has no row
+                torch.mm(grad[part], weight, out=grad_rows[part])
+            # of an expert without rows it is zeros
+            grad_weights.append(torch.mm(grad[part].T, rows[part]) if asked else weight.new_empty(0))
             start = end
     if for_rows:
         grad_rows[start:] = 0
@@ -383,6 +391,11 @@ def invert(order: Tensor, num_tokens: int, k: int) -> Tensor:
 
 def capacity_of(num_tokens: int, num_experts: int, factor: float) -> int:
     """Most rows that one expert may take: ceil(T / E * factor), in float32 as published."""
+    return _capacity_of(operator.index(num_tokens), num_experts, factor)  # a number under torch.compile, too
+
+
+@torch.compiler.assume_constant_result
+def _capacity_of(num_tokens: int, num_experts: int, factor: float) -> int:
     share = torch.tensor(num_tokens / num_experts, dtype=torch.float32)
     return int(torch.ceil(share * torch.tensor(factor, dtype=torch.float32)))
 

@@ -135,7 +135,7 @@ MEDPLIB_BOTH void gate_token(
     weights[choice] = probabilities[experts[choice]];
     total += weights[choice];
   }
-  if (shape.renormalize) {
+  if (shape.renormalize && total != 0) {  // sigmoids that are all 0 stay 0
     for (int choice = 0; choice < shape.k; ++choice) weights[choice] /= total;
   }
 }
