@@ -161,12 +161,14 @@ def find_files(path: str | os.PathLike, patterns: Sequence[str], what: str) -> l
 
 
 def split_of(path: str | os.PathLike) -> str | None:
-    """ "train", "val", "test" or None, by the words in a file's name, else by its folder's name."""
+    """ "train", "val", "test" or None, by the words in a file's name, else by its folder's name.
+
+    A word may end in "set", as in "TestSet".
+    """
     path = Path(path)
-    for word in (*re.split(r"[^a-z]+", path.stem.lower()), path.parent.name.lower()):
-        if word in SPLITS:
-            return SPLITS[word]
-    return None
+    words = (*re.split(r"[^a-z]+", path.stem.lower()), path.parent.name.lower())
+    named = (SPLITS.get(word.removesuffix("set")) for word in words)
+    return next((name for name in named if name), None)
 
 
 def of_split(files: Sequence[Path], split: str | None, what: str) -> list[tuple[Path, str | None]]:

@@ -21,7 +21,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import ParseCsv, Rows, scan_json
+from medplib.data.rows import ParseCsv, Rows, scan_json, text_lines
 
 
 @dataclass(frozen=True)
@@ -93,17 +93,25 @@ def read_vqa(
 
 
 def vqa_set(
-    source: str, tables: Sequence[tuple[Rows, str | None]], parse: Parse, look: Sequence[str]
+    source: str,
+    tables: Sequence[tuple[Rows, str | None]],
+    parse: Parse,
+    look: Sequence[str],
+    store: Store | None = None,
 ) -> RecordSet:
-    """The records of tables that hold their pictures themselves; the columns `look` decide what is kept."""
+    """The records of tables that hold their pictures themselves, or name those of a store.
+
+    The columns `look` decide what is kept.
+    """
     import numpy as np
 
     report, parts = ReadReport(), []
+    listing = Listing(store) if store is not None else None
     for rows, split in tables:
         kept = []
         for number, row in enumerate(rows.light(look)):
             try:
-                _check(parse(row), None, report)
+                _check(parse(row), listing, report)
             except Skip:
                 continue
             except Unusable as error:
@@ -111,7 +119,7 @@ def vqa_set(
                 continue
             kept.append(number)
         numbers = None if len(kept) == len(rows) else np.array(kept, np.int64)
-        parts.append((rows, numbers, VqaRow(source, split, None, parse)))
+        parts.append((rows, numbers, VqaRow(source, split, store, parse)))
     return build(source, parts, report)
 
 
@@ -139,9 +147,8 @@ def _images(file: Path, parse: Parse, table: ParseCsv | None) -> Iterator[str]:
 
 
 def _csv_rows(file: Path, table: ParseCsv | None) -> Any:
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        for fields in (table or ParseCsv()).reader(lines):
-            if fields and table is None:
-                table = ParseCsv(tuple(name.strip() for name in fields))
-            elif fields:
-                yield table.of(fields)
+    for fields in (table or ParseCsv()).reader(line for _, line in text_lines(file)):
+        if fields and table is None:
+            table = ParseCsv(tuple(name.strip() for name in fields))
+        elif fields:
+            yield table.of(fields)
