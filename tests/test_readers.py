@@ -179,6 +179,8 @@ def test_vqa_rad_original_json(tmp_path):
     assert (first.answer_type, first.split, first.case) == ("closed", "train", "synpic1.jpg")
     assert (second.turns[0][1], second.answer_type, second.split) == ("3", "open", "test")
     assert [r.split for r in read("vqa_rad", tmp_path, split="test")] == ["test"]
+    with pytest.raises(InputError, match=r"no split 'val'\. Known: test, train"):
+        read("vqa_rad", tmp_path, split="val")
     assert first.load_images()[0].shape == (20, 30, 3)
 
 

@@ -1,5 +1,6 @@
 """Readers of sets with masks, each on a small copy of its real format."""
 
+import csv
 import json
 import pickle
 import zipfile
@@ -307,6 +308,72 @@ def test_csv_with_columns_of_your_own(tmp_path):
         read("folder", tmp_path / "table.csv", columns={"question": "question"})
     with pytest.raises(InputError, match="No column can be called 'picture'"):
         read("folder", tmp_path / "table.csv", columns={"picture": "file"})
+
+
+def table(path, *rows):
+    """A CSV of image, question, answer, modality, answer_type, split; short rows are filled up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["image", "question", "answer", "modality", "answer_type", "split"])
+        out.writerows([*row, *[""] * (6 - len(row))] for row in rows)
+    return path
+
+
+def test_csv_reports_what_it_leaves_out(tmp_path):
+    picture(tmp_path / "a.png")
+    file = table(
+        tmp_path / "table.csv",
+        ("a.png", "Heat?", "Yes.", "Thermography", "essay"),
+        ("a.png", "Slice?", "Yes.", "MRI", "Closed"),
+        ("", "Nothing?", "Yes."),
+    )
+    records = read("folder", file)
+    assert [(r.modality, r.answer_type) for r in records] == [(None, None), ("MR", "closed")]
+    assert records.report.counts["unknown"] == {"modality 'Thermography'": 1, "answer_type 'essay'": 1}
+    assert records.report.counts["dropped"] == {"image missing": 1}
+    assert records.report.examples["dropped", "image missing"] == ["row 2 of table.csv"]
+
+
+def test_csv_paths_may_be_absolute_but_do_not_lead_out(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    there = str(tmp_path / "elsewhere" / "a.png")
+    rows = [(there, "Q", "A"), (f"{there}x", "Q", "A"), ("../elsewhere/a.png", "Q", "A")]
+    records = read("folder", table(tmp_path / "here" / "table.csv", *rows))
+    assert [r.row for r in records] == [0]
+    assert records[0].load_images()[0].shape == (20, 30, 3)
+    assert records.report.counts["dropped"] == {
+        "file missing": 1,
+        "file outside the folder that paths start from": 1,
+    }
+
+
+def test_csv_names_its_splits(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [("a.png", "Q", "A", "CT", "", split) for split in ("train", "test", "")]
+    with pytest.raises(InputError, match=r"table.csv' has no split 'tset'\. Known: test, train\."):
+        read("folder", table(tmp_path / "table.csv", *rows), split="tset")
+
+
+def test_csv_that_is_not_utf8_is_refused_with_the_place(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "table.csv").write_bytes("image,question,answer\na.png,où,là\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"table.csv' is not UTF-8 text: byte 29 is 0xf9\. Save it as UTF-8"):
+        read("folder", tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("name", ["mecovqa", "folder"])
+def test_paths_with_backslashes_are_repaired(mecovqa, tmp_path, name):
+    if name == "mecovqa":
+        file = mecovqa / "train" / "MeCoVQA-Region.json"
+        put(file, json.loads(file.read_text().replace("images/", r"images\\").replace("masks/", r"masks\\")))
+    else:
+        file = table(mecovqa / "table.csv", (rf"images\{NAME}.png", "Which?", "A kidney.", "CT"))
+    (record,) = records = read(name, file)
+    assert record.modality == "CT"
+    assert record.load_images()[0].shape == (20, 30, 3)
+    assert [m.mask.sum() for m in record.load_regions((20, 30))] == ([40] if name == "mecovqa" else [])
+    assert records.report.counts["repaired"] == {"path with backslashes": 1 + (name == "mecovqa")}
 
 
 # ------------------------------------------------------------------------------------------ nnU-Net

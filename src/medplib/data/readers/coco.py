@@ -205,7 +205,7 @@ def _index(
     ending = file.stem.split("_")[-1]  # of instances_train2017.json
     near = ("images", f"images/{ending}", ending)
     store = image_store(file, _images(file), near, folder)
-    listing = Listing(store)
+    listing = Listing(store, report)
     for key, at, row in scan_json(file, inside=("images", "annotations", "categories")):
         if key not in ("images", "annotations", "categories") or not isinstance(row, dict):
             continue

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from medplib.data.parquet import ParquetRows
-from medplib.data.readers.columns import ColumnsRow, check_columns
+from medplib.data.readers.columns import PIXELS, ColumnsRow, check_columns
 from medplib.data.readers.common import SPLITS, Skip, Store, Unusable, build, find_files, of_split
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
 from medplib.errors import InputError
-
-_PIXELS = ("image", "mask", "region")
 
 
 def read_huggingface(
@@ -39,13 +37,13 @@ def read_huggingface(
     for rows, name in _tables(path, split):
         chosen = check_columns(columns, rows.columns, f"The data set {rows.name!r}")
         make = ColumnsRow(source, chosen, _folder(path), name, None, modality)
-        heavy = [column for key, column in chosen.items() if key in _PIXELS and rows.heavy(column)]
+        heavy = [column for key, column in chosen.items() if key in PIXELS and rows.heavy(column)]
         light = [column for column in chosen.values() if column not in heavy]
         stand_in = {column: {"bytes": b"\0"} for column in heavy}
         kept = []
         for number, row in enumerate(rows.light(light)):  # the pictures stay unread
             try:
-                make({**row, **stand_in}, number)
+                make.check({**row, **stand_in}, report)
             except Skip:
                 continue
             except Unusable as error:

@@ -84,7 +84,7 @@ def read_vqa(
     report, parts = ReadReport(), []
     for file, split in files:
         store = image_store(file, _images(file, parse, table), folders, images)
-        listing = Listing(store)
+        listing = Listing(store, report)
         rows, kept = index(
             file, lambda row, listing=listing: _check(parse(row), listing, report), report, table
         )
@@ -106,7 +106,7 @@ def vqa_set(
     import numpy as np
 
     report, parts = ReadReport(), []
-    listing = Listing(store) if store is not None else None
+    listing = Listing(store, report) if store is not None else None
     for rows, split in tables:
         kept = []
         for number, row in enumerate(rows.light(look)):

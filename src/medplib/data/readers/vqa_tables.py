@@ -21,6 +21,7 @@ from medplib.data.readers.common import (
 )
 from medplib.data.readers.vqa import Vqa, read_vqa, vqa_set
 from medplib.data.recordset import RecordSet
+from medplib.errors import InputError
 
 _PARQUET = ("*.parquet", "data/*.parquet", "*/*.parquet")
 
@@ -36,7 +37,10 @@ def read_vqa_rad(
     lists = [file for file in files if file.suffix == ".json"]
     if len(lists) < len(files):
         return _read_parquet("vqa_rad", [file for file in files if file not in lists], split)
-    parse = ParseRad(None if split is None else SPLITS.get(split, split))
+    wanted = None if split is None else SPLITS.get(split, split)
+    if wanted not in (None, "train", "test"):
+        raise InputError(f"VQA-RAD's JSON has no split {split!r}. Known: test, train.")
+    parse = ParseRad(wanted)
     folders = ("VQA_RAD Image Folder", "images")
     return read_vqa("vqa_rad", [(file, None) for file in lists], parse, images, folders)
 
