@@ -157,6 +157,12 @@ def test_parquet_sets_hold_their_pictures(tmp_path, name, modality):
     assert {r.modality for r in records} == {modality}
     assert records.report.counts["dropped"] == {"empty answer": 1}
     assert len(read(name, tmp_path)) == 5
+    write_parquet(
+        tmp_path / "gone" / "data" / "train.parquet", [rows[0], {**rows[1], "image": None}, rows[2]]
+    )
+    partly = read(name, tmp_path / "gone")
+    assert [r.row for r in partly] == [0, 2]
+    assert partly.report.counts["dropped"] == {"image missing": 1}
     again = pickle.loads(pickle.dumps(records))  # noqa: S301
     assert again[3].turns == records[3].turns
     assert records.nbytes < 200

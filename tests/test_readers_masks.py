@@ -564,6 +564,63 @@ def test_hugging_face_data_sets_of_every_form(tmp_path):
         read("huggingface", [1, 2])
 
 
+@pytest.mark.parametrize("form", ["loaded", "saved", "parquet"])
+def test_hugging_face_classes_have_names_and_missing_pictures_are_reported(tmp_path, form):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "mask": datasets.Image(),
+            "label": datasets.ClassLabel(names=["liver", "spleen"]),
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["no", "yes"]),
+        }
+    )
+    seg = Image.fromarray(np.eye(20, 30, dtype=np.uint8))
+    rows = {
+        "image": [seg, None, seg, seg],
+        "mask": [seg, seg, None, None],
+        "label": [1, 0, None, 0],
+        "question": ["", "", "Is it large?", "Is it?"],
+        "answer": [None, None, 1, -1],
+    }
+    given = datasets.Dataset.from_dict(rows, features=features)
+    if form == "saved":
+        given.save_to_disk(tmp_path / "saved")
+        given = tmp_path / "saved"
+    elif form == "parquet":
+        given.to_parquet(tmp_path / "rows.parquet", batch_size=1)
+        given = tmp_path / "rows.parquet"
+    records = read("huggingface", given)
+    assert [r.turns[0] for r in records] == [
+        ("Segment the spleen.", "Here is the <ref>spleen</ref> <SEG>."),
+        ("Is it large?", "yes"),
+    ]
+    assert records[0].labels == ("spleen",)
+    assert [len(r.to_sample().masks) for r in records] == [1, 0]
+    assert records.report.counts["dropped"] == {"image missing": 1, "empty question or answer": 1}
+
+
+def test_parquet_pictures_named_by_path_are_looked_for(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [
+        {"image": {"bytes": None, "path": name}, "question": "Q", "answer": "A"}
+        for name in ("a.png", "gone.png")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (record,) = records = read("huggingface", tmp_path / "rows.parquet")
+    assert record.load_images()[0].shape == (20, 30, 3)
+    assert records.report.counts["dropped"] == {"file missing": 1}
+
+
+def test_parquet_class_out_of_range_is_refused(tmp_path):
+    names = {"label": {"names": ["liver"], "_type": "ClassLabel"}}
+    table = pa.table({"question": ["Q"], "label": [7]})
+    about = json.dumps({"info": {"features": names}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="column 'label' holds 7, but its classes are 0 to 0"):
+        read("huggingface", tmp_path / "rows.parquet", columns={"question": "question", "answer": "label"})
+
+
 def test_parquet_with_lists_of_masks_and_conversations(tmp_path):
     mask(tmp_path / "m.png", 3)
     picture(tmp_path / "a.png")

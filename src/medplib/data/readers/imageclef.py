@@ -72,7 +72,7 @@ def _read(file: Path, split: str | None, images: str | os.PathLike | None) -> Re
     questions = _questions(file)
     if questions is not None:
         rows = JoinedRows(questions, file)
-        return vqa_set("imageclef", [(rows, split)], ParseLine(suffix), (), open_store(folder))
+        return vqa_set("imageclef", [(rows, split)], ParseLine(suffix), (), store=open_store(folder))
     if not any(_ASKS.search(field) for _, *fields in _fields(file) for field in fields[:-1]):
         raise InputError(
             f"No line of {str(file)!r} holds a question between its image and its answer. Lines should be "

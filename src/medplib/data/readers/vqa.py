@@ -97,11 +97,12 @@ def vqa_set(
     tables: Sequence[tuple[Rows, str | None]],
     parse: Parse,
     look: Sequence[str],
+    pictures: str | None = None,
     store: Store | None = None,
 ) -> RecordSet:
-    """The records of tables that hold their pictures themselves, or name those of a store.
+    """The records of tables that hold their pictures themselves, in a column, or name those of a store.
 
-    The columns `look` decide what is kept.
+    The columns `look` decide what is kept, and whether the picture is there.
     """
     import numpy as np
 
@@ -109,7 +110,7 @@ def vqa_set(
     listing = Listing(store, report) if store is not None else None
     for rows, split in tables:
         kept = []
-        for number, row in enumerate(rows.light(look)):
+        for number, row in enumerate(_light(rows, look, pictures)):
             try:
                 _check(parse(row), listing, report)
             except Skip:
@@ -121,6 +122,14 @@ def vqa_set(
         numbers = None if len(kept) == len(rows) else np.array(kept, np.int64)
         parts.append((rows, numbers, VqaRow(source, split, store, parse)))
     return build(source, parts, report)
+
+
+def _light(rows: Rows, look: Sequence[str], pictures: str | None) -> Iterator[dict[str, Any]]:
+    """All rows with the columns `look`, and one byte in place of each picture that is there."""
+    if pictures is None or pictures not in rows.columns:
+        return rows.light(look)
+    both = zip(rows.light(look), rows.stand_ins(pictures), strict=True)
+    return ({**row, pictures: held} for row, held in both)
 
 
 def _check(said: Vqa, listing: Listing | None, report: ReadReport) -> None:

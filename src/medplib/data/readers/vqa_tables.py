@@ -53,15 +53,16 @@ def read_path_vqa(path: str | os.PathLike, split: str | None = None) -> RecordSe
 def _read_parquet(source: str, files: list[Path], split: str | None) -> RecordSet:
     tables = [(ParquetRows(file), name) for file, name in of_split(files, split, source)]
     parse = parse_pathology if source == "path_vqa" else parse_table
-    return vqa_set(source, tables, parse, ("question", "answer"))
+    return vqa_set(source, tables, parse, ("question", "answer"), "image")
 
 
 def parse_table(row: dict[str, Any]) -> Vqa:
     """A Parquet row: question, answer, image as {"bytes", "path"}. Raises Unusable."""
     turn = question_and_answer(row, "question", "answer")
     image = row.get("image") or {}
-    data, name = image.get("bytes") or b"", image.get("path") or "image"
-    return Vqa((turn,), Bytes(data, name), answer_type=closed(turn[1]))
+    if not image.get("bytes"):
+        raise Unusable("image missing")
+    return Vqa((turn,), Bytes(image["bytes"], image.get("path") or "image"), answer_type=closed(turn[1]))
 
 
 def parse_pathology(row: dict[str, Any]) -> Vqa:
