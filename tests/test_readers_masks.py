@@ -492,6 +492,72 @@ def test_coco_has_a_record_per_image_and_category(coco):
     }
 
 
+def change(file, **lists):
+    """Put more into the lists of a COCO file."""
+    whole = json.loads(file.read_text())
+    for name, more in lists.items():
+        whole[name] += more
+    put(file, whole)
+
+
+def read_now(path):
+    """The records of a COCO folder, made before the file changes, and the report."""
+    records = read("coco", path)
+    return list(records), records.report
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ([[1, 1]], "damaged segmentation"),
+        ([[1, 1, 5, 1, 5, float("nan")]], "damaged segmentation"),
+        ({"size": [40, 60], "counts": "no such text"}, "damaged segmentation"),
+        ({"size": [40, 60], "counts": [5, 5]}, "damaged segmentation"),
+        ({"size": [60, 40], "counts": [0, 10, 2390]}, "run-length encoding of another size than its image"),
+    ],
+)
+def test_coco_drops_a_bad_instance_and_keeps_the_one_beside_it(coco, shape, kind):
+    before, report = read_now(coco)
+    note = {"id": 50, "image_id": 1, "category_id": 1, "segmentation": shape}
+    change(coco / "annotations" / "instances_train.json", annotations=[note])
+    records = read("coco", coco)
+    assert [r.extra["instances"] for r in records] == [2, 1]
+    assert (records[0].to_sample().masks[0] == before[0].to_sample().masks[0]).all()
+    assert records.report.counts["dropped"] == report.counts["dropped"] | {kind: 1}
+
+
+def test_coco_takes_whole_numbers_written_with_a_point(coco):
+    file = coco / "annotations" / "instances_train.json"
+    before, report = read_now(coco)
+    whole = json.loads(file.read_text())
+    for row in (*whole["images"], *whole["annotations"], *whole["categories"]):
+        row |= {name: float(value) for name, value in row.items() if isinstance(value, int)}
+    put(file, whole)
+    records = read("coco", coco)
+    assert records.report.counts == report.counts
+    assert [r.turns for r in records] == [r.turns for r in before]
+    assert [m.sum() for r in records for m in r.load_masks((40, 60))] == [210, 30]
+
+
+def test_coco_reports_ids_used_twice_empty_names_and_bare_images(coco):
+    before, report = read_now(coco)
+    change(
+        coco / "annotations" / "instances_train.json",
+        images=[{"id": number, "file_name": "a.png", "height": 40, "width": 60} for number in (1, 5, 6)],
+        categories=[{"id": 1, "name": "other"}, {"id": 7, "name": " "}],
+        annotations=[{"id": 50, "image_id": 5, "category_id": 7, "segmentation": [[1, 1, 5, 1, 5, 5]]}],
+    )
+    records = read("coco", coco)
+    assert [r.turns for r in records] == [r.turns for r in before]
+    assert records.report.counts["dropped"] == report.counts["dropped"] | {
+        "image id used twice": 1,
+        "category id used twice": 1,
+        "category without a name": 1,
+        "unknown category": 2,
+        "image without annotations": 2,
+    }
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 def test_polygons_agree_with_pycocotools_but_for_the_outline():
     rng = np.random.default_rng(0)
