@@ -157,6 +157,12 @@ def test_parquet_sets_hold_their_pictures(tmp_path, name, modality):
     assert {r.modality for r in records} == {modality}
     assert records.report.counts["dropped"] == {"empty answer": 1}
     assert len(read(name, tmp_path)) == 5
+    write_parquet(
+        tmp_path / "gone" / "data" / "train.parquet", [rows[0], {**rows[1], "image": None}, rows[2]]
+    )
+    partly = read(name, tmp_path / "gone")
+    assert [r.row for r in partly] == [0, 2]
+    assert partly.report.counts["dropped"] == {"image missing": 1}
     again = pickle.loads(pickle.dumps(records))  # noqa: S301
     assert again[3].turns == records[3].turns
     assert records.nbytes < 200
@@ -179,6 +185,8 @@ def test_vqa_rad_original_json(tmp_path):
     assert (first.answer_type, first.split, first.case) == ("closed", "train", "synpic1.jpg")
     assert (second.turns[0][1], second.answer_type, second.split) == ("3", "open", "test")
     assert [r.split for r in read("vqa_rad", tmp_path, split="test")] == ["test"]
+    with pytest.raises(InputError, match=r"no split 'val'\. Known: test, train"):
+        read("vqa_rad", tmp_path, split="val")
     assert first.load_images()[0].shape == (20, 30, 3)
 
 
@@ -275,7 +283,7 @@ def test_imageclef_2019_and_2021(tmp_path):
     (train / "QAPairsByCategory").mkdir()
     (train / "QAPairsByCategory" / "C1_Modality_train.txt").write_text(lines)
     put(test / "VQAMed2019_Test_Images" / "synpic2.jpg")
-    (test / "Test_Questions_w_Ref_Answers.txt").write_text("synpic2|plane|what plane?|axial|transverse\n")
+    (test / "Test_Questions_w_Ref_Answers.txt").write_text("synpic2|plane|what plane?|axial#transverse\n")
     other = tmp_path / "2021"
     put(other / "VQA-500-Images" / "synpic3.jpg")
     (other / "VQA-Med-2021-Val.txt").write_text('synpic3|what is "abnormal"?|mass\n')
@@ -283,12 +291,70 @@ def test_imageclef_2019_and_2021(tmp_path):
     assert (first.turns, first.split) == ((("what modality is shown?", "xr - plain film"),), "train")
     assert (second.answer_type, second.case) == ("closed", "synpic1")
     (tested,) = read("imageclef", tmp_path, split="test", year=2019)
-    assert (tested.turns, tested.extra) == ((("what plane?", "axial|transverse"),), {"category": "plane"})
+    assert (tested.turns, tested.extra) == (
+        (("what plane?", "axial"),),
+        {"category": "plane", "other_answers": ["transverse"]},
+    )
     (latest,) = read("imageclef", tmp_path, year=2021)
     assert (latest.turns, latest.split) == ((('what is "abnormal"?', "mass"),), "val")
     assert len(read("imageclef", tmp_path)) == 4
     assert read("imageclef", train).report.counts["dropped"] == {"not imageID|question|answer": 1}
     assert all(record.load_images()[0].shape == (20, 30, 3) for record in read("imageclef", tmp_path))
+
+
+@pytest.fixture
+def imageclef_2021(tmp_path):
+    root = tmp_path / "ImageCLEF-2021"
+    train = root / "VQA-Med-2020-Task1-VQAnswering-TrainVal-Sets" / "VQAMed2020-VQAnswering-TrainingSet"
+    val = root / "VQA-Med-2021-Tasks-1-2-NewValidationSets"
+    test = root / "Task1-VQA-2021-TestSet-w-GroundTruth"
+    for number, folder in enumerate((train / "images", val / "images", test / "VQA-500-Images")):
+        for name in "ab":
+            put(folder / f"synpic{number}{name}.jpg")
+    lines = {
+        train / "VQAnswering_2020_Train_QA_pairs.txt": "synpic0a|what is abnormal?|cyst\n",
+        val / "VQA-Med-2021-VQAnswering-Task1-New-ValidationSet.txt": "synpic1a|is this normal?|no\n",
+        val / "VQA-Med-2021-VQGeneration-Task2-New-ValidationSet.txt": "synpic1a|what is it?|where is it?\n",
+        test / "Task1-VQA-2021-TestSet-Questions.txt": "synpic2b|what is abnormal?\nsynpic2a|is it new?\n",
+        test / "Task1-VQA-2021-TestSet-ReferenceAnswers.txt": "synpic2a|yes\nsynpic2b|necrosis|bone loss\n"
+        "synpic2c|nothing\n",
+    }
+    for file, text in lines.items():
+        file.write_text(text)
+    return root
+
+
+def test_imageclef_2021_joins_questions_and_reference_answers(imageclef_2021):
+    records = read("imageclef", imageclef_2021, split="test", year=2021)
+    assert [(r.turns[0], r.extra, r.case) for r in records] == [
+        (("what is abnormal?", "necrosis"), {"other_answers": ["bone loss"]}, "synpic2b"),
+        (("is it new?", "yes"), {}, "synpic2a"),
+    ]
+    assert all(record.load_images()[0].shape == (20, 30, 3) for record in records)
+    assert records.report.counts["dropped"] == {
+        "not imageID|question|answer": 1,  # an answer without its question
+        "questions to be generated (VQG)": 1,
+    }
+    (file,) = imageclef_2021.glob("*/*Questions.txt")
+    assert [r.turns for r in read("imageclef", file)] == [r.turns for r in records]
+
+
+def test_imageclef_2021_knows_its_splits(imageclef_2021):
+    assert [r.split for r in read("imageclef", imageclef_2021)] == ["test", "test", "train", "val"]
+    for split, case in (("train", "synpic0a"), ("val", "synpic1a"), ("validation", "synpic1a")):
+        assert [r.case for r in read("imageclef", imageclef_2021, split=split)] == [case]
+
+
+def test_imageclef_does_not_take_answers_for_questions(imageclef_2021):
+    (questions,) = imageclef_2021.glob("*/*Questions.txt")
+    (answers,) = imageclef_2021.glob("*/*Answers.txt")
+    kept = questions.read_text()
+    questions.unlink()
+    with pytest.raises(InputError, match=r"No line of .*ReferenceAnswers.txt' holds a question"):
+        read("imageclef", imageclef_2021, split="test")
+    answers.unlink()
+    questions.write_text(kept)
+    assert "questions without answers" in read("imageclef", imageclef_2021).report.counts["dropped"]
 
 
 # ------------------------------------------------------------------------------------------ read itself

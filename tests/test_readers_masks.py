@@ -1,5 +1,6 @@
 """Readers of sets with masks, each on a small copy of its real format."""
 
+import csv
 import json
 import pickle
 import zipfile
@@ -309,6 +310,72 @@ def test_csv_with_columns_of_your_own(tmp_path):
         read("folder", tmp_path / "table.csv", columns={"picture": "file"})
 
 
+def table(path, *rows):
+    """A CSV of image, question, answer, modality, answer_type, split; short rows are filled up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["image", "question", "answer", "modality", "answer_type", "split"])
+        out.writerows([*row, *[""] * (6 - len(row))] for row in rows)
+    return path
+
+
+def test_csv_reports_what_it_leaves_out(tmp_path):
+    picture(tmp_path / "a.png")
+    file = table(
+        tmp_path / "table.csv",
+        ("a.png", "Heat?", "Yes.", "Thermography", "essay"),
+        ("a.png", "Slice?", "Yes.", "MRI", "Closed"),
+        ("", "Nothing?", "Yes."),
+    )
+    records = read("folder", file)
+    assert [(r.modality, r.answer_type) for r in records] == [(None, None), ("MR", "closed")]
+    assert records.report.counts["unknown"] == {"modality 'Thermography'": 1, "answer_type 'essay'": 1}
+    assert records.report.counts["dropped"] == {"image missing": 1}
+    assert records.report.examples["dropped", "image missing"] == ["row 2 of table.csv"]
+
+
+def test_csv_paths_may_be_absolute_but_do_not_lead_out(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    there = str(tmp_path / "elsewhere" / "a.png")
+    rows = [(there, "Q", "A"), (f"{there}x", "Q", "A"), ("../elsewhere/a.png", "Q", "A")]
+    records = read("folder", table(tmp_path / "here" / "table.csv", *rows))
+    assert [r.row for r in records] == [0]
+    assert records[0].load_images()[0].shape == (20, 30, 3)
+    assert records.report.counts["dropped"] == {
+        "file missing": 1,
+        "file outside the folder that paths start from": 1,
+    }
+
+
+def test_csv_names_its_splits(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [("a.png", "Q", "A", "CT", "", split) for split in ("train", "test", "")]
+    with pytest.raises(InputError, match=r"table.csv' has no split 'tset'\. Known: test, train\."):
+        read("folder", table(tmp_path / "table.csv", *rows), split="tset")
+
+
+def test_csv_that_is_not_utf8_is_refused_with_the_place(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "table.csv").write_bytes("image,question,answer\na.png,où,là\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"table.csv' is not UTF-8 text: byte 29 is 0xf9\. Save it as UTF-8"):
+        read("folder", tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize("name", ["mecovqa", "folder"])
+def test_paths_with_backslashes_are_repaired(mecovqa, tmp_path, name):
+    if name == "mecovqa":
+        file = mecovqa / "train" / "MeCoVQA-Region.json"
+        put(file, json.loads(file.read_text().replace("images/", r"images\\").replace("masks/", r"masks\\")))
+    else:
+        file = table(mecovqa / "table.csv", (rf"images\{NAME}.png", "Which?", "A kidney.", "CT"))
+    (record,) = records = read(name, file)
+    assert record.modality == "CT"
+    assert record.load_images()[0].shape == (20, 30, 3)
+    assert [m.mask.sum() for m in record.load_regions((20, 30))] == ([40] if name == "mecovqa" else [])
+    assert records.report.counts["repaired"] == {"path with backslashes": 1 + (name == "mecovqa")}
+
+
 # ------------------------------------------------------------------------------------------ nnU-Net
 
 
@@ -425,6 +492,72 @@ def test_coco_has_a_record_per_image_and_category(coco):
     }
 
 
+def change(file, **lists):
+    """Put more into the lists of a COCO file."""
+    whole = json.loads(file.read_text())
+    for name, more in lists.items():
+        whole[name] += more
+    put(file, whole)
+
+
+def read_now(path):
+    """The records of a COCO folder, made before the file changes, and the report."""
+    records = read("coco", path)
+    return list(records), records.report
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        ([[1, 1]], "damaged segmentation"),
+        ([[1, 1, 5, 1, 5, float("nan")]], "damaged segmentation"),
+        ({"size": [40, 60], "counts": "no such text"}, "damaged segmentation"),
+        ({"size": [40, 60], "counts": [5, 5]}, "damaged segmentation"),
+        ({"size": [60, 40], "counts": [0, 10, 2390]}, "run-length encoding of another size than its image"),
+    ],
+)
+def test_coco_drops_a_bad_instance_and_keeps_the_one_beside_it(coco, shape, kind):
+    before, report = read_now(coco)
+    note = {"id": 50, "image_id": 1, "category_id": 1, "segmentation": shape}
+    change(coco / "annotations" / "instances_train.json", annotations=[note])
+    records = read("coco", coco)
+    assert [r.extra["instances"] for r in records] == [2, 1]
+    assert (records[0].to_sample().masks[0] == before[0].to_sample().masks[0]).all()
+    assert records.report.counts["dropped"] == report.counts["dropped"] | {kind: 1}
+
+
+def test_coco_takes_whole_numbers_written_with_a_point(coco):
+    file = coco / "annotations" / "instances_train.json"
+    before, report = read_now(coco)
+    whole = json.loads(file.read_text())
+    for row in (*whole["images"], *whole["annotations"], *whole["categories"]):
+        row |= {name: float(value) for name, value in row.items() if isinstance(value, int)}
+    put(file, whole)
+    records = read("coco", coco)
+    assert records.report.counts == report.counts
+    assert [r.turns for r in records] == [r.turns for r in before]
+    assert [m.sum() for r in records for m in r.load_masks((40, 60))] == [210, 30]
+
+
+def test_coco_reports_ids_used_twice_empty_names_and_bare_images(coco):
+    before, report = read_now(coco)
+    change(
+        coco / "annotations" / "instances_train.json",
+        images=[{"id": number, "file_name": "a.png", "height": 40, "width": 60} for number in (1, 5, 6)],
+        categories=[{"id": 1, "name": "other"}, {"id": 7, "name": " "}],
+        annotations=[{"id": 50, "image_id": 5, "category_id": 7, "segmentation": [[1, 1, 5, 1, 5, 5]]}],
+    )
+    records = read("coco", coco)
+    assert [r.turns for r in records] == [r.turns for r in before]
+    assert records.report.counts["dropped"] == report.counts["dropped"] | {
+        "image id used twice": 1,
+        "category id used twice": 1,
+        "category without a name": 1,
+        "unknown category": 2,
+        "image without annotations": 2,
+    }
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools.*")
 def test_polygons_agree_with_pycocotools_but_for_the_outline():
     rng = np.random.default_rng(0)
@@ -495,6 +628,63 @@ def test_hugging_face_data_sets_of_every_form(tmp_path):
         read("huggingface", whole)
     with pytest.raises(InputError, match="a Dataset or a DatasetDict, got list"):
         read("huggingface", [1, 2])
+
+
+@pytest.mark.parametrize("form", ["loaded", "saved", "parquet"])
+def test_hugging_face_classes_have_names_and_missing_pictures_are_reported(tmp_path, form):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "mask": datasets.Image(),
+            "label": datasets.ClassLabel(names=["liver", "spleen"]),
+            "question": datasets.Value("string"),
+            "answer": datasets.ClassLabel(names=["no", "yes"]),
+        }
+    )
+    seg = Image.fromarray(np.eye(20, 30, dtype=np.uint8))
+    rows = {
+        "image": [seg, None, seg, seg],
+        "mask": [seg, seg, None, None],
+        "label": [1, 0, None, 0],
+        "question": ["", "", "Is it large?", "Is it?"],
+        "answer": [None, None, 1, -1],
+    }
+    given = datasets.Dataset.from_dict(rows, features=features)
+    if form == "saved":
+        given.save_to_disk(tmp_path / "saved")
+        given = tmp_path / "saved"
+    elif form == "parquet":
+        given.to_parquet(tmp_path / "rows.parquet", batch_size=1)
+        given = tmp_path / "rows.parquet"
+    records = read("huggingface", given)
+    assert [r.turns[0] for r in records] == [
+        ("Segment the spleen.", "Here is the <ref>spleen</ref> <SEG>."),
+        ("Is it large?", "yes"),
+    ]
+    assert records[0].labels == ("spleen",)
+    assert [len(r.to_sample().masks) for r in records] == [1, 0]
+    assert records.report.counts["dropped"] == {"image missing": 1, "empty question or answer": 1}
+
+
+def test_parquet_pictures_named_by_path_are_looked_for(tmp_path):
+    picture(tmp_path / "a.png")
+    rows = [
+        {"image": {"bytes": None, "path": name}, "question": "Q", "answer": "A"}
+        for name in ("a.png", "gone.png")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (record,) = records = read("huggingface", tmp_path / "rows.parquet")
+    assert record.load_images()[0].shape == (20, 30, 3)
+    assert records.report.counts["dropped"] == {"file missing": 1}
+
+
+def test_parquet_class_out_of_range_is_refused(tmp_path):
+    names = {"label": {"names": ["liver"], "_type": "ClassLabel"}}
+    table = pa.table({"question": ["Q"], "label": [7]})
+    about = json.dumps({"info": {"features": names}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": about}), tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="column 'label' holds 7, but its classes are 0 to 0"):
+        read("huggingface", tmp_path / "rows.parquet", columns={"question": "question", "answer": "label"})
 
 
 def test_parquet_with_lists_of_masks_and_conversations(tmp_path):

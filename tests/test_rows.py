@@ -11,7 +11,7 @@ import pytest
 
 import medplib.data.rows as rows_module
 from medplib.data import read
-from medplib.data.rows import MemoryRows, index_csv, index_json, scan_json
+from medplib.data.rows import MemoryRows, ParseCsv, index_csv, index_json, scan_json
 from medplib.errors import InputError
 
 VALUES = [{"a": "é" * i, "b": [i, {"c": None}]} for i in range(40)] + ["text", 7, 1.5, [], True]
@@ -83,6 +83,18 @@ def test_csv_rows_with_quotes_line_breaks_and_a_mark(tmp_path):
     assert seen == wanted
     assert [rows[i] for i in range(len(rows))] == wanted
     assert kept.tolist() == [0, 2]
+
+
+def test_csv_that_is_not_utf8_is_refused_with_its_place(tmp_path):
+    (tmp_path / "table.csv").write_bytes(b"a,b\n1,2\n3,\xe9\n")
+    with pytest.raises(InputError, match="not UTF-8 text: byte 10 is 0xe9"):
+        index_csv(tmp_path / "table.csv", lambda number, row: True)
+
+
+def test_a_mark_is_no_part_of_the_first_row(tmp_path):
+    (tmp_path / "lines.txt").write_text("\ufeffa,b\n", encoding="utf-8")
+    rows, _ = index_csv(tmp_path / "lines.txt", lambda number, row: True, ParseCsv())
+    assert rows[0] == ["a", "b"]
 
 
 def test_a_changed_file_is_refused(tmp_path):

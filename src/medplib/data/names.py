@@ -63,7 +63,7 @@ def slice_name(path: str) -> SliceName | None:
 
     Case names hold dots and single dashes; parts are separated by two dashes.
     """
-    name = path.rpartition("/")[2]
+    name = path.replace("\\", "/").rpartition("/")[2]
     if name.lower().endswith((".png", ".jpg", ".jpeg")):
         name = name.rpartition(".")[0]
     parts = name.split("--")

@@ -143,7 +143,7 @@ class ParseCsv:
     quoting: int = csv.QUOTE_MINIMAL
 
     def __call__(self, data: bytes) -> Any:
-        text = data.decode("utf-8", "replace").splitlines(keepends=True)
+        text = data.decode("utf-8-sig").splitlines(keepends=True)
         return self.of(next((row for row in self.reader(text) if row), []))
 
     def reader(self, lines: Iterable[str]) -> Any:
@@ -157,6 +157,26 @@ class ParseCsv:
         return dict(zip(self.columns, [*fields, *[""] * len(self.columns)], strict=False))
 
 
+def text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+    """(byte where it ends, text) of every line of a UTF-8 file, without its mark.
+
+    Raises InputError, with the position, for bytes that are no UTF-8.
+    """
+    start = 0
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                text = line.decode("utf-8" if start else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                place = start + error.start
+                raise InputError(
+                    f"{os.fspath(path)!r} is not UTF-8 text: byte {place} is {line[error.start]:#04x}. "
+                    "Save it as UTF-8."
+                ) from error
+            start += len(line)
+            yield start, text
+
+
 def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None) -> tuple[TextRows, Any]:
     """The rows of a CSV file, and the numbers of those that `look(number, row)` keeps (None: all).
 
@@ -168,10 +188,9 @@ def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None
 
     def lines() -> Iterator[str]:
         nonlocal position
-        with open(path, "rb") as file:
-            for line in file:
-                position += len(line)
-                yield line.decode("utf-8-sig" if position == len(line) else "utf-8", "replace")
+        for end, line in text_lines(path):
+            position = end
+            yield line
 
     start = 0
     reader = (parse or ParseCsv()).reader(lines())

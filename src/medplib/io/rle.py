@@ -34,6 +34,13 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
 
     Raises InputError for text that is no run-length encoding of a mask of that size.
     """
+    (height, width), lengths = runs_of(rle)
+    flat = np.repeat(np.arange(lengths.size) % 2 == 1, lengths)
+    return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def runs_of(rle: dict[str, Any]) -> tuple[tuple[int, int], np.ndarray]:
+    """{"size", "counts"} -> ((H, W), int64 (R,)), without drawing the mask. Raises InputError as `decode`."""
     try:
         height, width = (int(side) for side in rle["size"])
         counts = rle["counts"]
@@ -49,8 +56,7 @@ def decode(rle: dict[str, Any]) -> np.ndarray:
             f"The runs of a [{height}, {width}] mask must be >= 0 and add up to {height * width}, "
             f"got {int(runs.sum())}; the text is damaged or the size is another mask's."
         )
-    flat = np.repeat(np.arange(runs.size) % 2 == 1, runs)
-    return np.ascontiguousarray(flat.reshape(width, height).T)
+    return (height, width), runs
 
 
 def _to_text(runs: np.ndarray) -> str:

@@ -27,6 +27,8 @@ from medplib.data.rows import TextRows, scan_json, text_rows
 from medplib.errors import InputError
 from medplib.io import rle
 
+MAX_DRAWN = rle.MAX_PIXELS // 16  # pixels of an image whose polygons are drawn
+
 
 def read_coco(
     path: str | os.PathLike,
@@ -152,17 +154,11 @@ def polygons_mask(polygons: Any, size: tuple[int, int]) -> np.ndarray:
     differs from this by pixels on the outline.
     """
     height, width = size
-    if height * width > rle.MAX_PIXELS // 16:
-        raise InputError(
-            f"Polygons are drawn in images of at most {rle.MAX_PIXELS // 16} pixels, got {size}."
-        )
+    if height * width > MAX_DRAWN:
+        raise InputError(f"Polygons are drawn in images of at most {MAX_DRAWN} pixels, got {size}.")
     whole = np.zeros(size, bool)
     for polygon in polygons:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise InputError(f"A polygon needs at least 3 pairs of numbers, got {len(polygon)} numbers.")
-        points = np.asarray(polygon, np.float64).reshape(-1, 2)
-        if not np.isfinite(points).all():
-            raise InputError("A polygon holds a number that is not finite.")
+        points = _points(polygon)
         x0, y0 = np.floor(points.min(0)).clip(0, (width, height)).astype(int)
         x1, y1 = np.ceil(points.max(0) + 1).clip(0, (width, height)).astype(int)
         if x1 <= x0 or y1 <= y0:
@@ -173,6 +169,16 @@ def polygons_mask(polygons: Any, size: tuple[int, int]) -> np.ndarray:
         share = np.asarray(canvas).reshape(y1 - y0, 4, x1 - x0, 4).mean((1, 3))
         whole[y0:y1, x0:x1] |= share >= 0.5
     return whole
+
+
+def _points(polygon: Any) -> np.ndarray:
+    """(x0, y0, x1, y1, ...) -> (P, 2). Raises InputError for fewer than 3 pairs and numbers not finite."""
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise InputError(f"A polygon needs at least 3 pairs of numbers, got {len(polygon)} numbers.")
+    points = np.asarray(polygon, np.float64).reshape(-1, 2)
+    if not np.isfinite(points).all():
+        raise InputError("A polygon holds a number that is not finite.")
+    return points
 
 
 def _frozen(segmentation: Any) -> tuple:
@@ -186,16 +192,30 @@ def _frozen(segmentation: Any) -> tuple:
         raise InputError(f"{segmentation!r:.80} is neither polygons nor a run-length encoding.") from error
 
 
+def _own_size(outline: tuple) -> tuple[int, int]:
+    """(H, W) of a run-length encoding, (0, 0) for polygons. Raises InputError for a damaged outline."""
+    if outline[0] == "rle":
+        return rle.runs_of({"size": outline[1], "counts": outline[2]})[0]
+    for polygon in outline[1]:
+        _points(polygon)
+    return 0, 0
+
+
 @dataclass
 class _Found:
-    """What one pass over the file collects: where images and annotations begin, and which belong together."""
+    """What one pass over the file collects: where images and annotations begin, and which belong together.
+
+    Sizes are packed as height << 32 | width; that of an annotation is 0 for polygons.
+    """
 
     starts: array = field(default_factory=lambda: array("Q"))
     image_ids: array = field(default_factory=lambda: array("q"))
     image_rows: array = field(default_factory=lambda: array("Q"))
+    image_sizes: array = field(default_factory=lambda: array("Q"))
     note_rows: array = field(default_factory=lambda: array("Q"))
     note_images: array = field(default_factory=lambda: array("q"))
     note_categories: array = field(default_factory=lambda: array("q"))
+    note_sizes: array = field(default_factory=lambda: array("Q"))
 
 
 def _index(
@@ -205,27 +225,20 @@ def _index(
     ending = file.stem.split("_")[-1]  # of instances_train2017.json
     near = ("images", f"images/{ending}", ending)
     store = image_store(file, _images(file), near, folder)
-    listing = Listing(store)
+    listing = Listing(store, report)
     for key, at, row in scan_json(file, inside=("images", "annotations", "categories")):
         if key not in ("images", "annotations", "categories") or not isinstance(row, dict):
             continue
-        if key != "annotations" and not _is_id(row.get("id")):
+        if key != "annotations" and _whole(row.get("id")) is None:
             raise InputError(f"{str(file)!r}: ids must be whole numbers, got {row.get('id')!r} at byte {at}.")
         if key == "categories":
-            categories[row.get("id")] = spoken(str(row.get("name", "")))
+            _category(row, categories, report)
             continue
         found.starts.append(at)
         if key == "annotations":
             _note(row, found, crowds, report)
-            continue
-        name = str(row.get("file_name", ""))
-        if not name or not isinstance(row.get("height"), int) or not isinstance(row.get("width"), int):
-            report.add("dropped", "image without a name or size", str(row)[:80])
-        elif not listing.has(name):
-            report.add("dropped", "image missing", name)
         else:
-            found.image_ids.append(row["id"])
-            found.image_rows.append(len(found.starts) - 1)
+            _image(row, found, listing, report)
     return _group(file, store, found, categories, report), categories
 
 
@@ -236,25 +249,56 @@ def _images(file: Path) -> Iterator[str]:
             yield str(row.get("file_name", ""))
 
 
+def _category(row: dict[str, Any], categories: dict[int, str], report: ReadReport) -> None:
+    """Keep the name of a category, or say why not."""
+    number, name = _whole(row["id"]), row.get("name")
+    name = spoken(name) if isinstance(name, str) else ""
+    if not name:
+        report.add("dropped", "category without a name", f"category {number}")
+    elif number in categories:
+        report.add("dropped", "category id used twice", f"category {number}, {name}")
+    else:
+        categories[number] = name
+
+
+def _image(row: dict[str, Any], found: _Found, listing: Listing, report: ReadReport) -> None:
+    """Keep an image, or say why not."""
+    name, height, width = row.get("file_name"), _whole(row.get("height")), _whole(row.get("width"))
+    sized = all(side is not None and 0 < side < 1 << 31 for side in (height, width))
+    if not isinstance(name, str) or not name or not sized:
+        report.add("dropped", "image without a name or size", str(row)[:80])
+    elif not listing.has(name):
+        report.add("dropped", "image missing", name)
+    else:
+        found.image_ids.append(_whole(row["id"]))
+        found.image_rows.append(len(found.starts) - 1)
+        found.image_sizes.append(height << 32 | width)
+
+
 def _note(row: dict[str, Any], found: _Found, crowds: bool, report: ReadReport) -> None:
     """Keep an annotation, or say why not."""
+    image, category = _whole(row.get("image_id")), _whole(row.get("category_id"))
     if row.get("iscrowd") and not crowds:
         report.add("dropped", "crowd", f"annotation {row.get('id')}")
-    elif not row.get("segmentation") or not _is_id(row.get("image_id")) or not _is_id(row.get("category_id")):
+    elif not row.get("segmentation") or None in (image, category):
         report.add("dropped", "annotation without a segmentation or image", f"annotation {row.get('id')}")
     else:
         try:
-            _frozen(row["segmentation"])
+            height, width = _own_size(_frozen(row["segmentation"]))
         except InputError as error:
             report.add("dropped", "damaged segmentation", f"annotation {row.get('id')}: {error}")
             return
         found.note_rows.append(len(found.starts) - 1)
-        found.note_images.append(row["image_id"])
-        found.note_categories.append(row["category_id"])
+        found.note_images.append(image)
+        found.note_categories.append(category)
+        found.note_sizes.append(height << 32 | width)
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 1 << 62
+def _whole(value: Any) -> int | None:
+    """A whole number of less than 63 bits, also one written as 40.0; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and abs(value) < 1 << 62 else None
 
 
 def _group(
@@ -262,22 +306,43 @@ def _group(
 ) -> CocoRows:
     """The annotations by image and category."""
     text = text_rows(file, found.starts)
-    ids, rows = np.array(found.image_ids, np.int64), np.array(found.image_rows, np.uint64)
-    order = np.argsort(ids, kind="stable")
-    ids, rows = ids[order], rows[order]
+    ids, first = np.unique(np.array(found.image_ids, np.int64), return_index=True)
+    again = np.delete(np.array(found.image_ids, np.int64), first)
+    if len(again):
+        report.add("dropped", "image id used twice", f"image {again[0]}", len(again))
+    rows = np.array(found.image_rows, np.uint64)[first]
     images, kinds = np.array(found.note_images, np.int64), np.array(found.note_categories, np.int64)
-    notes = np.array(found.note_rows, np.uint64)
-    with_image, named = np.isin(images, ids), np.isin(kinds, np.array(list(categories), np.int64))
-    for kept, kind in ((with_image, "annotation without an image"), (named, "unknown category")):
-        if not kept.all():
-            at = int(np.flatnonzero(~kept)[0])
-            example = f"image {images[at]}, category {kinds[at]}"
-            report.add("dropped", kind, example, int((~kept).sum()))
-    keep = np.flatnonzero(with_image & named)
+    keep = _usable(found, ids, np.array(found.image_sizes, np.uint64)[first], categories, report)
     keep = keep[np.lexsort((kinds[keep], images[keep]))]
-    images, kinds, notes = images[keep], kinds[keep], notes[keep]
+    images, kinds, notes = images[keep], kinds[keep], np.array(found.note_rows, np.uint64)[keep]
+    bare = np.setdiff1d(ids, images)
+    if len(bare):
+        report.add("dropped", "image without annotations", f"image {bare[0]}", len(bare))
     new = np.ones(len(keep), bool)
     new[1:] = (images[1:] != images[:-1]) | (kinds[1:] != kinds[:-1])
-    first = np.flatnonzero(new)
-    where = rows[np.searchsorted(ids, images[first])] if len(ids) else rows[:0]
-    return CocoRows(text, store, where, notes, np.append(first, len(keep)).astype(np.uint64))
+    starts = np.flatnonzero(new)
+    where = rows[np.searchsorted(ids, images[starts])]
+    return CocoRows(text, store, where, notes, np.append(starts, len(keep)).astype(np.uint64))
+
+
+def _usable(
+    found: _Found, ids: np.ndarray, sizes: np.ndarray, categories: dict[int, str], report: ReadReport
+) -> np.ndarray:
+    """Numbers of the annotations whose image (ids ascending, with sizes) and category are there and fit."""
+    images, kinds = np.array(found.note_images, np.int64), np.array(found.note_categories, np.int64)
+    own = np.array(found.note_sizes, np.uint64)
+    known = np.isin(images, ids)
+    size = np.zeros_like(own)
+    size[known] = sizes[np.searchsorted(ids, images[known])]
+    pixels = (size >> np.uint64(32)) * (size & np.uint64(0xFFFFFFFF))
+    faults = {
+        "annotation without an image": ~known,
+        "unknown category": ~np.isin(kinds, np.array(list(categories), np.int64)),
+        "run-length encoding of another size than its image": known & (own != 0) & (own != size),
+        "image too large to draw polygons in": (own == 0) & (pixels > MAX_DRAWN),
+    }
+    for kind, bad in faults.items():
+        at = np.flatnonzero(bad)
+        if len(at):
+            report.add("dropped", kind, f"image {images[at[0]]}, category {kinds[at[0]]}", len(at))
+    return np.flatnonzero(~np.any(list(faults.values()), axis=0))

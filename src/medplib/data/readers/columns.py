@@ -23,14 +23,16 @@ from medplib.conversation import IMAGE, REGION, SEG
 from medplib.data.files import Bytes, File, ImageFile, MaskFile
 from medplib.data.names import modality_of
 from medplib.data.questions import present_answer
-from medplib.data.readers.common import SPLITS, Skip, Store, Unusable, pair_up, text_of
+from medplib.data.readers.common import BACKSLASHES, SPLITS, Skip, Store, Unusable, pair_up, text_of
 from medplib.data.record import ANSWER_TYPES, Record
+from medplib.data.report import ReadReport
 from medplib.data.samples import MODALITIES
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
 
 COLUMNS = ("image", "question", "answer", "conversations", "mask", "region", "box", "point", "label")
 COLUMNS += ("choices", "modality", "answer_type", "case", "split")
+PIXELS = ("image", "mask", "region")  # columns that hold files
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ class ColumnsRow:
         return f"{self.source} {sorted(self.columns.items())} {self.split} {self.only} {self.modality}"
 
     def __call__(self, row: Mapping[str, Any], number: int) -> Record:
-        """Raises Unusable for a row that makes no record, Skip for one of another split."""
+        """Raises Unusable for a row that makes no record, Skip(its split) for one of another split."""
         row = {name: row.get(column) for name, column in self.columns.items()}
         split = text_of(row, "split").lower()
         split = SPLITS.get(split, split) or self.split
         if self.only is not None and split != self.only:
-            raise Skip
+            raise Skip(split)
+        images = _several(row.get("image"))
+        if "image" in self.columns and not images:
+            raise Unusable("image missing")
         words, answer_type = text_of(row, "modality"), text_of(row, "answer_type").lower()
         labels = tuple(_several(row.get("label")))
         regions = (*_shapes(row), *(MaskFile(self._file(item)) for item in _several(row.get("region"))))
@@ -63,12 +68,12 @@ class ColumnsRow:
         try:
             return Record(
                 turns=_turns(row, labels, len(regions), len(masks)),
-                images=tuple(ImageFile(self._file(item)) for item in _several(row.get("image"))),
+                images=tuple(ImageFile(self._file(item)) for item in images),
                 regions=regions,
                 masks=masks,
                 source=self.source,
                 row=number,
-                modality=(words if words in MODALITIES else modality_of(words)) or self.modality,
+                modality=_modality(words) or self.modality,
                 answer_type=answer_type if answer_type in ANSWER_TYPES else None,
                 case=text_of(row, "case") or None,
                 split=split,
@@ -80,6 +85,21 @@ class ColumnsRow:
         except InputError as error:
             raise Unusable("not a record", str(error)) from error
 
+    def check(self, row: Mapping[str, Any], report: ReadReport) -> Record:
+        """The row's Record, after a note of what was left out or repaired. Raises as the call does."""
+        record = self(row, 0)
+        about = record.turns[0][0]
+        cells = {name: row.get(column) for name, column in self.columns.items()}
+        words, answer_type = text_of(cells, "modality"), text_of(cells, "answer_type")
+        if words and _modality(words) is None:
+            report.add("unknown", f"modality {words!r}", about)
+        if answer_type and record.answer_type is None:
+            report.add("unknown", f"answer_type {answer_type!r}", about)
+        for item in (item for name in PIXELS for item in _several(cells.get(name))):
+            if isinstance(item, str) and "\\" in item:
+                report.add("repaired", BACKSLASHES, item)
+        return record
+
     def _file(self, item: Any) -> File | Bytes:
         if isinstance(item, Mapping):  # as Hugging Face data sets store a picture
             if item.get("bytes"):
@@ -90,6 +110,11 @@ class ColumnsRow:
         if isinstance(item, str) and self.store is not None:
             return self.store.file(item.strip())
         raise Unusable("an image or mask that is no file", f"{type(item).__name__} {item!r:.60}")
+
+
+def _modality(words: str) -> str | None:
+    """One of MODALITIES, given as such or in a data set's own words; None if unknown."""
+    return words if words in MODALITIES else modality_of(words)
 
 
 def _turns(row: Mapping[str, Any], labels: tuple[str, ...], regions: int, masks: int) -> tuple:

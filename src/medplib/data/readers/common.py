@@ -26,6 +26,9 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
 SPLITS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 
+BACKSLASHES = "path with backslashes"  # a kind of repair
+
+
 class Skip(Exception):
     """A row that was not asked for: another split, another language."""
 
@@ -46,7 +49,8 @@ class Store:
     prefix: str | None = None  # of the members of a zip; None for a folder
 
     def file(self, name: str) -> File:
-        """The file of that name; names are as in the data set, with forward slashes."""
+        """The file of that name; names are as in the data set, backslashes count as slashes."""
+        name = slashed(name)
         if self.prefix is None:
             return File(os.path.join(self.path, name))
         return File(self.path, posixpath.normpath(self.prefix + name))
@@ -74,16 +78,25 @@ def open_store(path: str | os.PathLike) -> Store:
 
 
 class Listing:
-    """Which files of a store are there: folders are listed once, so that a row costs no look at the disk."""
+    """Which files of a store are there: folders are listed once, so that a row costs no look at the disk.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    Names with backslashes are reported as repaired.
+    """
+
+    def __init__(self, store: Store, report: ReadReport) -> None:
+        self.store, self.report = store, report
         self._folders: dict[str, frozenset[str]] = {}
 
     def has(self, name: str) -> bool:
         """Whether a file of this name is there. Names that lead out of the store are not."""
-        if "\\" in name or "./" in name or "//" in name:
-            name = posixpath.normpath(name.replace("\\", "/"))
+        there = self._has(slashed(name))
+        if there and "\\" in name:
+            self.report.add("repaired", BACKSLASHES, name)
+        return there
+
+    def _has(self, name: str) -> bool:
+        if "./" in name or "//" in name:
+            name = posixpath.normpath(name)
         if name.startswith(("..", "/")) or "\0" in name:
             return False
         if self.store.prefix is not None:
@@ -161,12 +174,14 @@ def find_files(path: str | os.PathLike, patterns: Sequence[str], what: str) -> l
 
 
 def split_of(path: str | os.PathLike) -> str | None:
-    """ "train", "val", "test" or None, by the words in a file's name, else by its folder's name."""
+    """ "train", "val", "test" or None, by the words in a file's name, else by its folder's name.
+
+    A word may end in "set", as in "TestSet".
+    """
     path = Path(path)
-    for word in (*re.split(r"[^a-z]+", path.stem.lower()), path.parent.name.lower()):
-        if word in SPLITS:
-            return SPLITS[word]
-    return None
+    words = (*re.split(r"[^a-z]+", path.stem.lower()), path.parent.name.lower())
+    named = (SPLITS.get(word.removesuffix("set")) for word in words)
+    return next((name for name in named if name), None)
 
 
 def of_split(files: Sequence[Path], split: str | None, what: str) -> list[tuple[Path, str | None]]:
@@ -202,6 +217,11 @@ def image_store(
 
 
 # ------------------------------------------------------------------------------------------ texts
+
+
+def slashed(name: str) -> str:
+    """A path of Windows with the slashes of all other systems."""
+    return name.replace("\\", "/")
 
 
 def with_suffix(name: str) -> str:

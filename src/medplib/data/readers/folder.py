@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from medplib.data.files import ImageFile, MaskFile
+from medplib.data.files import File, ImageFile, MaskFile
 from medplib.data.names import modality_of, slice_name, spoken
 from medplib.data.questions import present_answer
 from medplib.data.readers.columns import ColumnsRow, check_columns
@@ -15,6 +16,7 @@ from medplib.data.readers.common import (
     IMAGE_SUFFIXES,
     SPLITS,
     Listing,
+    Skip,
     Store,
     Unusable,
     build,
@@ -24,7 +26,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import MemoryRows, ParseCsv
+from medplib.data.rows import MemoryRows, ParseCsv, text_lines
 from medplib.data.samples import MODALITIES
 from medplib.errors import InputError
 
@@ -141,23 +143,42 @@ def _read_table(
     source: str,
 ) -> RecordSet:
     store = Store(str(path.parent.resolve())) if images is None else open_store(images)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        header = tuple(name.strip() for name in next(ParseCsv().reader(lines), []))
+    lines = (line for _, line in text_lines(path))
+    header = tuple(name.strip() for name in next(ParseCsv().reader(lines), []))
     chosen = check_columns(columns, header, repr(str(path)))
     only = SPLITS.get(split, split) if split is not None else None
     make = ColumnsRow(source, chosen, store, None, only, modality)
-    report, listing = ReadReport(), Listing(store)
+    report, skipped = ReadReport(), Counter()
+    listing = Listing(store, report)
 
     def check(row: dict[str, str]) -> None:
-        record = make(row, 0)
+        try:
+            record = make.check(row, report)
+        except Skip as other:
+            skipped[other.args[0]] += 1
+            raise
         for pixels in (*record.images, *record.regions, *record.masks):
-            file = getattr(pixels, "file", None)
-            if file is None:
-                continue
-            name = os.path.relpath(file.path, store.path) if file.member is None else file.member
-            there = listing.has(name) if file.member is None else file.exists()
-            if not there:
-                raise Unusable("file missing", str(file))
+            _find(getattr(pixels, "file", None), listing)
 
     rows, kept = index(path, check, report)
+    if len(rows) and skipped.total() == len(rows):
+        known = ", ".join(sorted(name for name in skipped if name)) or "none"
+        raise InputError(f"{str(path)!r} has no split {split!r}. Known: {known}.")
     return build(source, [(rows, kept, make)], report, "Paths start at the table's folder, or at images=.")
+
+
+def _find(file: File | None, listing: Listing) -> None:
+    """Raise Unusable unless a table's file is there: in the store, or anywhere by an absolute path."""
+    root = listing.store.path
+    if file is None:
+        return
+    if file.member is not None:
+        there = file.exists()
+    elif not (name := os.path.relpath(file.path, root)).startswith(".."):
+        there = listing.has(name)
+    elif file.path.startswith(root + os.sep):
+        raise Unusable("file outside the folder that paths start from", str(file))
+    else:
+        there = file.exists()
+    if not there:
+        raise Unusable("file missing", str(file))

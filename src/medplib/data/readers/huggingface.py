@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from medplib.data.features import class_names, stand_ins, with_names
 from medplib.data.parquet import ParquetRows
-from medplib.data.readers.columns import ColumnsRow, check_columns
+from medplib.data.readers.columns import PIXELS, ColumnsRow, check_columns
 from medplib.data.readers.common import SPLITS, Skip, Store, Unusable, build, find_files, of_split
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
 from medplib.errors import InputError
-
-_PIXELS = ("image", "mask", "region")
 
 
 def read_huggingface(
@@ -39,13 +38,13 @@ def read_huggingface(
     for rows, name in _tables(path, split):
         chosen = check_columns(columns, rows.columns, f"The data set {rows.name!r}")
         make = ColumnsRow(source, chosen, _folder(path), name, None, modality)
-        heavy = [column for key, column in chosen.items() if key in _PIXELS and rows.heavy(column)]
+        heavy = [column for key, column in chosen.items() if key in PIXELS and rows.heavy(column)]
         light = [column for column in chosen.values() if column not in heavy]
-        stand_in = {column: {"bytes": b"\0"} for column in heavy}
+        pictures = (rows.stand_ins(column) for column in heavy)  # they stay unread
         kept = []
-        for number, row in enumerate(rows.light(light)):  # the pictures stay unread
+        for number, (row, *held) in enumerate(zip(rows.light(light), *pictures, strict=True)):
             try:
-                make({**row, **stand_in}, number)
+                _check({**row, **dict(zip(heavy, held, strict=True))}, make, report)
             except Skip:
                 continue
             except Unusable as error:
@@ -54,6 +53,15 @@ def read_huggingface(
             kept.append(number)
         parts.append((rows, None if len(kept) == len(rows) else np.array(kept, np.int64), make))
     return build(source, parts, report, "Name the columns by columns={...}.")
+
+
+def _check(row: Mapping[str, Any], make: ColumnsRow, report: ReadReport) -> None:
+    """Raise Unusable unless a row makes a record whose pictures are there."""
+    record = make.check(row, report)
+    for pixels in (*record.images, *record.regions, *record.masks):
+        file = getattr(pixels, "file", None)
+        if file is not None and not file.exists():
+            raise Unusable("file missing", str(file))
 
 
 class DatasetRows:
@@ -71,13 +79,14 @@ class DatasetRows:
                 dataset = dataset.cast_column(column, type(kind)(datasets.Image(decode=False)))
         self.dataset, self.name = dataset, name
         self.columns = tuple(dataset.column_names)
+        self.classes = class_names(dataset.features.to_dict())
         self.digest = str(dataset._fingerprint)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.dataset[index]
+        return with_names(self.dataset[index], self.classes)
 
     def heavy(self, column: str) -> bool:
         """Whether the column holds one picture per row."""
@@ -91,7 +100,13 @@ class DatasetRows:
         there = [name for name in columns if name in self.columns]
         if not there:
             return iter({} for _ in range(len(self)))
-        return iter(self.dataset.select_columns(there))
+        return (with_names(row, self.classes) for row in self.dataset.select_columns(there))
+
+    def stand_ins(self, column: str) -> Iterator[dict[str, Any] | None]:
+        """For each picture of a heavy column, in order, what `medplib.data.features.stand_ins` says."""
+        for table in self.dataset.select_columns([column]).with_format("arrow").iter(256):
+            for pictures in table.column(0).chunks:
+                yield from stand_ins(pictures)
 
 
 def _tables(path: Any, split: str | None) -> list[tuple[Any, str | None]]:

@@ -43,7 +43,7 @@ def read_jsonl(
     report, parts = ReadReport(), []
     for file in find_files(path, ("*.jsonl",), "records"):
         store = open_store(images) if images is not None else Store(str(file.parent.resolve()))
-        make, listing = JsonlRow(store, only), Listing(store)
+        make, listing = JsonlRow(store, only), Listing(store, report)
         rows, kept = index(file, lambda row, m=make, there=listing: _check(row, m, there), report)
         parts.append((rows, kept, make))
     return build("the records", parts, report, "Give images=FOLDER if images/ and masks/ lie elsewhere.")

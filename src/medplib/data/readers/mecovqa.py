@@ -76,7 +76,7 @@ def read_mecovqa(
     report, parts = ReadReport(), []
     for file, name in chosen:
         store = image_store(file, _images(file), (), images)
-        listing = Listing(store)
+        listing = Listing(store, report)
         rows, kept = index(file, lambda row, listing=listing: _check(row, listing, report), report)
         parts.append((rows, kept, MecovqaRow(store, name, _kind(file), _class_names(store))))
     return build("MeCoVQA", parts, report, "Give images=FOLDER if images/ and masks/ lie elsewhere.")

@@ -81,7 +81,7 @@ def read_sa_med2d(
     table = Path(classes).read_bytes() if classes is not None else _read(store, CLASSES)
     names, report, parts = class_names(table), ReadReport(), []
     for file in chosen:
-        scan = _Scan(names, frozenset(exclude), Listing(store) if verify else None, report)
+        scan = _Scan(names, frozenset(exclude), Listing(store, report) if verify else None, report)
         rows, _ = index_json(file, scan)
         items = np.array(scan.items, np.uint64)
         bounds = None

@@ -25,6 +25,7 @@ from medplib.data.readers.common import (
     find_files,
     of_split,
     question_and_answer,
+    slashed,
     text_of,
 )
 from medplib.data.readers.vqa import Vqa, read_vqa
@@ -81,7 +82,7 @@ class ParseSlake:
             image,
             modality_of(words),
             answer_type if answer_type in ("open", "closed") else None,
-            case=image.split("/")[0],
+            case=slashed(image).split("/")[0],
             extra={
                 "lang": lang,
                 "modality": words,
@@ -103,7 +104,7 @@ def _grounding(records: RecordSet, path: Path) -> RecordSet:
                 said = ParseSlake()(part.rows[number])
             except Unusable:
                 continue
-            folder = said.image.rpartition("/")[0]
+            folder = slashed(said.image).rpartition("/")[0]
             file = store.file(f"{folder}/mask.png")
             if folder in seen or not file.exists():
                 continue
@@ -137,7 +138,7 @@ class SlakeMask:
 
     def __call__(self, row: Any, number: int) -> Record:
         image, value, name, modality, split = row
-        folder = image.rpartition("/")[0]
+        folder = slashed(image).rpartition("/")[0]
         return Record(
             turns=((f"Segment the {name}.", present_answer([name])),),
             images=(ImageFile(self.store.file(image)),),
@@ -145,7 +146,7 @@ class SlakeMask:
             source="slake",
             row=number,
             modality=modality,
-            case=image.split("/")[0],
+            case=slashed(image).split("/")[0],
             split=split,
             labels=(name,),
         )

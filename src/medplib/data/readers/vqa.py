@@ -21,7 +21,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import ParseCsv, Rows, scan_json
+from medplib.data.rows import ParseCsv, Rows, scan_json, text_lines
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read_vqa(
     report, parts = ReadReport(), []
     for file, split in files:
         store = image_store(file, _images(file, parse, table), folders, images)
-        listing = Listing(store)
+        listing = Listing(store, report)
         rows, kept = index(
             file, lambda row, listing=listing: _check(parse(row), listing, report), report, table
         )
@@ -93,17 +93,26 @@ def read_vqa(
 
 
 def vqa_set(
-    source: str, tables: Sequence[tuple[Rows, str | None]], parse: Parse, look: Sequence[str]
+    source: str,
+    tables: Sequence[tuple[Rows, str | None]],
+    parse: Parse,
+    look: Sequence[str],
+    pictures: str | None = None,
+    store: Store | None = None,
 ) -> RecordSet:
-    """The records of tables that hold their pictures themselves; the columns `look` decide what is kept."""
+    """The records of tables that hold their pictures themselves, in a column, or name those of a store.
+
+    The columns `look` decide what is kept, and whether the picture is there.
+    """
     import numpy as np
 
     report, parts = ReadReport(), []
+    listing = Listing(store, report) if store is not None else None
     for rows, split in tables:
         kept = []
-        for number, row in enumerate(rows.light(look)):
+        for number, row in enumerate(_light(rows, look, pictures)):
             try:
-                _check(parse(row), None, report)
+                _check(parse(row), listing, report)
             except Skip:
                 continue
             except Unusable as error:
@@ -111,8 +120,16 @@ def vqa_set(
                 continue
             kept.append(number)
         numbers = None if len(kept) == len(rows) else np.array(kept, np.int64)
-        parts.append((rows, numbers, VqaRow(source, split, None, parse)))
+        parts.append((rows, numbers, VqaRow(source, split, store, parse)))
     return build(source, parts, report)
+
+
+def _light(rows: Rows, look: Sequence[str], pictures: str | None) -> Iterator[dict[str, Any]]:
+    """All rows with the columns `look`, and one byte in place of each picture that is there."""
+    if pictures is None or pictures not in rows.columns:
+        return rows.light(look)
+    both = zip(rows.light(look), rows.stand_ins(pictures), strict=True)
+    return ({**row, pictures: held} for row, held in both)
 
 
 def _check(said: Vqa, listing: Listing | None, report: ReadReport) -> None:
@@ -139,9 +156,8 @@ def _images(file: Path, parse: Parse, table: ParseCsv | None) -> Iterator[str]:
 
 
 def _csv_rows(file: Path, table: ParseCsv | None) -> Any:
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        for fields in (table or ParseCsv()).reader(lines):
-            if fields and table is None:
-                table = ParseCsv(tuple(name.strip() for name in fields))
-            elif fields:
-                yield table.of(fields)
+    for fields in (table or ParseCsv()).reader(line for _, line in text_lines(file)):
+        if fields and table is None:
+            table = ParseCsv(tuple(name.strip() for name in fields))
+        elif fields:
+            yield table.of(fields)

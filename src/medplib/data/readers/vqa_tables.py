@@ -21,6 +21,7 @@ from medplib.data.readers.common import (
 )
 from medplib.data.readers.vqa import Vqa, read_vqa, vqa_set
 from medplib.data.recordset import RecordSet
+from medplib.errors import InputError
 
 _PARQUET = ("*.parquet", "data/*.parquet", "*/*.parquet")
 
@@ -36,7 +37,10 @@ def read_vqa_rad(
     lists = [file for file in files if file.suffix == ".json"]
     if len(lists) < len(files):
         return _read_parquet("vqa_rad", [file for file in files if file not in lists], split)
-    parse = ParseRad(None if split is None else SPLITS.get(split, split))
+    wanted = None if split is None else SPLITS.get(split, split)
+    if wanted not in (None, "train", "test"):
+        raise InputError(f"VQA-RAD's JSON has no split {split!r}. Known: test, train.")
+    parse = ParseRad(wanted)
     folders = ("VQA_RAD Image Folder", "images")
     return read_vqa("vqa_rad", [(file, None) for file in lists], parse, images, folders)
 
@@ -49,15 +53,16 @@ def read_path_vqa(path: str | os.PathLike, split: str | None = None) -> RecordSe
 def _read_parquet(source: str, files: list[Path], split: str | None) -> RecordSet:
     tables = [(ParquetRows(file), name) for file, name in of_split(files, split, source)]
     parse = parse_pathology if source == "path_vqa" else parse_table
-    return vqa_set(source, tables, parse, ("question", "answer"))
+    return vqa_set(source, tables, parse, ("question", "answer"), "image")
 
 
 def parse_table(row: dict[str, Any]) -> Vqa:
     """A Parquet row: question, answer, image as {"bytes", "path"}. Raises Unusable."""
     turn = question_and_answer(row, "question", "answer")
     image = row.get("image") or {}
-    data, name = image.get("bytes") or b"", image.get("path") or "image"
-    return Vqa((turn,), Bytes(data, name), answer_type=closed(turn[1]))
+    if not image.get("bytes"):
+        raise Unusable("image missing")
+    return Vqa((turn,), Bytes(image["bytes"], image.get("path") or "image"), answer_type=closed(turn[1]))
 
 
 def parse_pathology(row: dict[str, Any]) -> Vqa:
