@@ -588,6 +588,8 @@ def test_answers_of_a_writer_are_taken_or_replaced_and_counted(source, tmp_path)
         ({"negatives": 1.2}, "negatives must be between 0 and 1"),
         ({"several": "both"}, "'turns' or 'answer'"),
         ({"spacing": {"D": [1]}}, "spacing of 'D'"),
+        ({"unsure": {"D": [1]}}, r"unsure must list names for 'D'.*got \[1\]"),
+        ({"unsure": {"D": "bone"}}, "unsure must list names for 'D'.*got 'bone'"),
     ],
 )
 def test_unusable_settings_are_named(settings, words):

@@ -201,6 +201,17 @@ def test_sa_med2d_has_a_record_per_image_and_class(sa_med2d):
         read("sa_med2d", sa_med2d, split="train")
 
 
+def test_sa_med2d_leaves_out_a_data_set_given_as_a_text(sa_med2d):
+    listed = [f"images/{NAME}.png", "images/mr_00--XR--c--2d_none.png"]
+    mask(sa_med2d / "masks" / "mr_00--XR--c--2d_none--0001_000.png", 9)
+    picture(sa_med2d / listed[1])
+    rows = {name: [name.replace("images", "masks").replace(".png", "--0001_000.png")] for name in listed}
+    put(sa_med2d / "SAMed2D_v1.json", rows)
+    put(sa_med2d / "SAMed2D_v1_class_mapping_id.json", CLASSES | {"XR": {"lung": 1}})
+    for exclude in ("XR", ["XR"], {"XR"}):
+        assert [r.extra["dataset"] for r in read("sa_med2d", sa_med2d, exclude=exclude)] == ["Abdomen.CT-1K"]
+
+
 def test_sa_med2d_has_a_record_per_image_if_wanted(sa_med2d):
     first, second = read("sa_med2d", sa_med2d, per="image")
     assert [q for q, _ in first.turns] == ["Segment the liver.", "Segment the left kidney."]

@@ -155,10 +155,30 @@ def test_the_fingerprint_follows_the_records(mini):
 
 
 def test_sources_that_cannot_be_opened_name_the_setting():
-    with pytest.raises(InputError, match=r"data\.x: the options do not fit.*nonsense"):
-        open_source("x", Source("mini", options={"nonsense": 1}))
-    with pytest.raises(InputError, match=r"options\.tasks.*vqa, region, grounding"):
-        open_source("x", Source("mini", options={"tasks": ["count"]}))
+    with pytest.raises(InputError, match=r"data\.x: path is missing"):
+        open_source("x", Source("slake"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 1}, "The mini set has no option 'nonsense'. Known: tasks, per_image"),
+        ({"split": "test"}, "has no option 'split'"),
+        ({"tasks": ["count"]}, "tasks of the mini set may hold vqa, region, grounding; got"),
+        ({"tasks": {"foo": 1}}, r"may hold modality, presence, .* got \['foo'\]"),
+        ({"tasks": {"modality": "x"}}, "a table of names .each with a number. .*got {'modality': 'x'}"),
+        ({"tasks": {"modality": -1}}, "must be shares from 0"),
+        ({"weights": {"ChestCT": 0}}, "must be shares from 0"),
+        ({"per_image": "x"}, "The mini set: per_image must be a whole number, got 'x'"),
+        ({"per_image": True}, "must be a whole number, got True"),
+        ({"per_epoch": -3}, "per_epoch of the mini set must be at least 1, got -3"),
+        ({"table": "x"}, "The mini set: table must be a number, got 'x'"),
+        ({"removal": 2}, "removal of the mini set must be between 0 and 1, got 2"),
+    ],
+)
+def test_options_of_the_mini_set_are_checked(options, message):
+    with pytest.raises(InputError, match=rf"data\.x: .*{message}"):
+        open_source("x", Source("mini", options=options))
 
 
 @pytest.fixture

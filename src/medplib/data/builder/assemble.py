@@ -82,6 +82,9 @@ class BuildSettings:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.several not in ("turns", "answer"):
             raise InputError(f"several must be 'turns' or 'answer', got {self.several!r}.")
+        for key, names in self.unsure.items():
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise InputError(f"unsure must list names for {key!r}, as ['bone'], got {names!r}.")
         for key, value in self.spacing.items():
             if len(value) != 2 or not all(isinstance(v, int | float) and v > 0 for v in value):
                 raise InputError(f"The spacing of {key!r} must be [row, column] in mm, got {value!r}.")

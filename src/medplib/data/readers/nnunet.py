@@ -55,6 +55,7 @@ def read_nnunet(
         raise InputError(f"window must be two values, the lower first, got {window!r}.")
     if split is not None and SPLITS.get(split) not in _FOLDERS:
         raise InputError(f"nnU-Net has no split {split!r}. Known: train, test.")
+    window = None if window is None else tuple(window)
     root = Path(path).resolve()
     about = _read_json(root / "dataset.json")
     named, modality = _labels(about, root), _modality(about, channel)
