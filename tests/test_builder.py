@@ -521,12 +521,42 @@ def test_statistics_count_what_is_there(built):
         ("No, no tumor is visible.", "Yes, there is no tumor.", "yes or no"),
         ("There is no liver in this image.", "The liver is here.", "lost negation"),
         ("It is CT.", "It is CT. USER: and now?", "a role"),
+        ("This is the liver.", "The liver is marked here.", None),
+        ("This is the liver.", "This is the spleen.", "names"),
+        ("This is the liver.", "This is the liver, near the spleen.", "names"),
+        ("This is the liver.", "This is not the liver.", "added negation"),
+        ("This is the liver.", "No, this is the liver.", "yes or no"),
+        ("This is the liver.", "This is a healthy liver.", "place or finding"),
+        ("This is the left lung.", "This is the right lung.", "names"),
+        ("It covers 3.2% of the image.", "The liver covers 3.2%.", None),
+        ("It covers 3.2% of the image.", "The spleen covers 3.2%.", "names"),
+        ("There are three.", "I count 3.", None),
+        ("There are three.", "There are five.", "invented numbers"),
+        ("There are three.", "There are some.", "lost numbers"),
+        ("The liver lies to the left of the left lung.", "To the left of the left lung is it.", "names"),
+        ("It is in the upper left part.", "It is in the upper right part.", "place or finding"),
+        ("It is in the upper left part.", "It is in the lower left part.", "place or finding"),
+        ("No, the liver is not visible.", "No, the liver is here.", "lost negation"),
+        ("Yes, no polyp is visible.", "Yes, it is free of a polyp.", None),
+        ("It is CT.", "This is MR.", "names"),
         ("It is CT.", " ", "empty"),
         ("It is CT.", "CT " * 900, "too long"),
     ],
 )
 def test_no_writer_escapes_the_check(draft, answer, why):
-    assert check_answer(answer, "What is it?", draft) == why
+    names, others = ("liver", "left lung", "polyp", "CT"), ("spleen", "right lung", "MR")
+    assert check_answer(answer, "What is it?", draft, names, others) == why
+
+
+def test_a_writer_that_renames_a_structure_changes_no_answer(source, tmp_path):
+    class Wrong:
+        def write(self, facts, question, draft):
+            return re.sub("liver", "spleen", draft, flags=re.IGNORECASE)
+
+    wanted = build_mecovqa(SAMed2DFolder(source), tmp_path / "right", sheet=False)
+    report = build_mecovqa(SAMed2DFolder(source), tmp_path / "out", writer=Wrong(), sheet=False)
+    assert report.fallbacks["names"] == sum(report.fallbacks.values()) > 10
+    assert rows_of(report.out) == rows_of(wanted.out)
 
 
 def test_answers_of_a_writer_are_taken_or_replaced_and_counted(source, tmp_path):
@@ -558,6 +588,8 @@ def test_answers_of_a_writer_are_taken_or_replaced_and_counted(source, tmp_path)
         ({"negatives": 1.2}, "negatives must be between 0 and 1"),
         ({"several": "both"}, "'turns' or 'answer'"),
         ({"spacing": {"D": [1]}}, "spacing of 'D'"),
+        ({"unsure": {"D": [1]}}, r"unsure must list names for 'D'.*got \[1\]"),
+        ({"unsure": {"D": "bone"}}, "unsure must list names for 'D'.*got 'bone'"),
     ],
 )
 def test_unusable_settings_are_named(settings, words):

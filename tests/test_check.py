@@ -9,6 +9,7 @@ from PIL import Image
 
 from medplib.data import File, ImageFile, MaskFile, Record, load_mini, read
 from medplib.data.check import KINDS, check_records
+from medplib.data.report import ReadReport
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
 
@@ -165,6 +166,11 @@ def test_what_the_reader_met_counts_too(tmp_path):
     report = check_records(read("llava_med", tmp_path / "rows.json", images=tmp_path / "images"))
     assert kinds(report) == {"missing": 1}
     assert not report.fit
+    met = ReadReport()
+    met.add("unknown", "label 2", "labelsTr/case.nii.gz", 3)
+    (problem,) = check_records([], met).problems
+    assert (problem.kind, problem.level, problem.count) == ("unknown", "warning", 3)
+    assert problem.examples == ["label 2: labelsTr/case.nii.gz"]
 
 
 def test_a_picture_is_read_once_and_settings_are_checked(make, monkeypatch):

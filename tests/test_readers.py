@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from medplib.data import READERS, read
+from medplib.data import READERS, default_mini_root, read
 from medplib.data.recordset import concat
 from medplib.errors import InputError, UnknownNameError
 
@@ -373,6 +373,10 @@ def test_names_options_and_paths_are_checked(slake, tmp_path):
     with pytest.raises(InputError, match=r"No record of slake.*image missing.*Give images=FOLDER"):
         read("slake", slake)
     assert len(read("slake", slake, images=slake / "elsewhere")) == 4
+    with pytest.raises(InputError, match="The reader 'slake': masks must be true or false, got 1"):
+        read("slake", slake, masks=1)
+    with pytest.raises(InputError, match=r"'/no\.json' cannot be read"):
+        read("sa_med2d", default_mini_root(), classes="/no.json")
     assert {"mecovqa", "sa_med2d", "folder", "coco", "nnunet", "huggingface"} <= set(READERS.names())
 
 

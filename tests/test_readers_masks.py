@@ -202,6 +202,17 @@ def test_sa_med2d_has_a_record_per_image_and_class(sa_med2d):
         read("sa_med2d", sa_med2d, split="train")
 
 
+def test_sa_med2d_leaves_out_a_data_set_given_as_a_text(sa_med2d):
+    listed = [f"images/{NAME}.png", "images/mr_00--XR--c--2d_none.png"]
+    mask(sa_med2d / "masks" / "mr_00--XR--c--2d_none--0001_000.png", 9)
+    picture(sa_med2d / listed[1])
+    rows = {name: [name.replace("images", "masks").replace(".png", "--0001_000.png")] for name in listed}
+    put(sa_med2d / "SAMed2D_v1.json", rows)
+    put(sa_med2d / "SAMed2D_v1_class_mapping_id.json", CLASSES | {"XR": {"lung": 1}})
+    for exclude in ("XR", ["XR"], {"XR"}):
+        assert [r.extra["dataset"] for r in read("sa_med2d", sa_med2d, exclude=exclude)] == ["Abdomen.CT-1K"]
+
+
 def test_sa_med2d_has_a_record_per_image_if_wanted(sa_med2d):
     first, second = read("sa_med2d", sa_med2d, per="image")
     assert [q for q, _ in first.turns] == ["Segment the liver.", "Segment the left kidney."]
@@ -395,7 +406,7 @@ def test_nnunet_slices_lie_as_a_radiologist_sees_them(tmp_path, version):
     about = {
         1: {"labels": {"0": "background", "1": "left_kidney", "2": "tumor"}, "modality": {"0": "CT"}},
         2: {
-            "labels": {"background": 0, "left_kidney": 1, "tumor": 2, "whole": [1, 2]},
+            "labels": {"background": 0, "left_kidney": 1, "tumor": 2},
             "channel_names": {"0": "CT"},
             "file_ending": ".nii.gz",
         },
@@ -430,6 +441,29 @@ def test_nnunet_slices_lie_as_a_radiologist_sees_them(tmp_path, version):
     (root / "labelsTr" / "case.1.nii.gz").write_bytes(b"no volume")
     with pytest.raises(InputError, match="label volume unreadable"):
         read("nnunet", root)
+
+
+def toy_volume(root, labels):
+    """nnU-Net data of one case whose only slice has these values, with dataset.json's `labels`."""
+    values = np.array([[0, 1, 2], [3, 4, 2], [0, 0, 2]], np.uint8)[..., None]
+    for folder, name in (("labelsTr", "c"), ("imagesTr", "c_0000")):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), root / folder / f"{name}.nii.gz")
+    put(root / "dataset.json", {"labels": labels, "channel_names": {"0": "CT"}})
+    return root
+
+
+def test_nnunet_regions_are_unions_of_labels(tmp_path):
+    regions = {"background": 0, "whole_tumor": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    records = read("nnunet", toy_volume(tmp_path, regions), min_pixels=1)
+    found = {record.labels[0]: int(record.load_masks((3, 3))[0].sum()) for record in records}
+    assert found == {"whole tumor": 5, "core": 4, "enhancing": 1}
+    assert not records.report
+    records = read("nnunet", toy_volume(tmp_path, {"background": 0, "core": [2, 3]}), min_pixels=1)
+    assert [record.labels for record in records] == [("core",)]
+    assert records.report.counts["unknown"] == {"label 1": 1, "label 4": 1}
+    with pytest.raises(InputError, match="names no labels besides the background"):
+        read("nnunet", toy_volume(tmp_path, {"background": 0, "ignore": 4}))
 
 
 # ------------------------------------------------------------------------------------------ COCO

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medplib.data import File, ImageFile, MaskFile, Record
+from medplib.data import File, ImageFile, ImageSample, MaskFile, Record, Structure
 from medplib.data.record import fit_mask
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Mask
@@ -45,6 +45,31 @@ def test_becomes_a_sample_with_its_pixels(picture):
     assert [m.sum() for m in sample.masks] == [36, 76]
     assert isinstance(sample.prompts[0], Mask)
     assert sample.prompts[0].to_mask((20, 30)).sum() == 40
+
+
+def palette_and_alpha(mask):
+    """A mask as 0 and 255, in a palette of two colours with white first, and in the opacity alone."""
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    white_first = Image.fromarray((~mask).astype(np.uint8))
+    white_first.putpalette([255, 255, 255, 0, 0, 0])
+    opaque = Image.new("RGBA", grey.size, (255, 255, 255, 0))
+    opaque.putalpha(grey)
+    return grey, white_first, opaque
+
+
+def test_a_mask_is_what_is_seen_of_palettes_and_transparency(tmp_path):
+    mask = np.zeros((20, 30), bool)
+    mask[2:8, 3:9] = True
+    for number, picture in enumerate(palette_and_alpha(mask)):
+        path = tmp_path / f"{number}.png"
+        picture.save(path)
+        sample = ImageSample(path, "CT", "D", "c", "train", "real", (Structure("liver", path, "expert"),))
+        for loaded in (MaskFile(File(str(path))).load(), sample.load_mask(0), Mask(path).to_mask((20, 30))):
+            np.testing.assert_array_equal(loaded, mask)
+    labels = Image.fromarray(mask.astype(np.uint8) * 2)  # a label map: its numbers count, not its colours
+    labels.putpalette([255, 255, 255, 0, 0, 0, 0, 0, 0])
+    labels.save(tmp_path / "labels.png")
+    np.testing.assert_array_equal(MaskFile(File(str(tmp_path / "labels.png")), 2).load(), mask)
 
 
 def test_reads_the_same_from_a_zip_archive(picture):

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from test_readers import png, put, talk, write_csv, write_parquet
 from training_run import records
 
 from medplib.data.files import File, ImageFile
@@ -12,7 +13,7 @@ from medplib.data.record import TASKS, Record
 from medplib.errors import InputError
 from medplib.prompts.types import Box
 from medplib.training.batches import Collate, Place, StepBatches, TrainingData, steps_of
-from medplib.training.recipe import Source
+from medplib.training.recipe import Source, load_recipe
 from medplib.training.sources import Held, MiniQuestions, Order, fingerprint, open_source
 
 
@@ -154,10 +155,72 @@ def test_the_fingerprint_follows_the_records(mini):
 
 
 def test_sources_that_cannot_be_opened_name_the_setting():
-    with pytest.raises(InputError, match=r"data\.x: the options do not fit.*nonsense"):
-        open_source("x", Source("mini", options={"nonsense": 1}))
-    with pytest.raises(InputError, match=r"options\.tasks.*vqa, region, grounding"):
-        open_source("x", Source("mini", options={"tasks": ["count"]}))
+    with pytest.raises(InputError, match=r"data\.x: path is missing"):
+        open_source("x", Source("slake"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nonsense": 1}, "The mini set has no option 'nonsense'. Known: tasks, per_image"),
+        ({"split": "test"}, "has no option 'split'"),
+        ({"tasks": ["count"]}, "tasks of the mini set may hold vqa, region, grounding; got"),
+        ({"tasks": {"foo": 1}}, r"may hold modality, presence, .* got \['foo'\]"),
+        ({"tasks": {"modality": "x"}}, "a table of names .each with a number. .*got {'modality': 'x'}"),
+        ({"tasks": {"modality": -1}}, "must be shares from 0"),
+        ({"weights": {"ChestCT": 0}}, "must be shares from 0"),
+        ({"per_image": "x"}, "The mini set: per_image must be a whole number, got 'x'"),
+        ({"per_image": True}, "must be a whole number, got True"),
+        ({"per_epoch": -3}, "per_epoch of the mini set must be at least 1, got -3"),
+        ({"table": "x"}, "The mini set: table must be a number, got 'x'"),
+        ({"removal": 2}, "removal of the mini set must be between 0 and 1, got 2"),
+    ],
+)
+def test_options_of_the_mini_set_are_checked(options, message):
+    with pytest.raises(InputError, match=rf"data\.x: .*{message}"):
+        open_source("x", Source("mini", options=options))
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """The data sets of the shipped recipes, a row of each in files of their real names."""
+    root = tmp_path / "data"
+    put(root / "llava_med_alignment/alignment/llava_med_alignment_500k.json",
+        [{"id": "1", "image": "a.jpg", "conversatons": talk("<image>\nWhat?", "A lung.")}])  # fmt: skip
+    for kind, question, answer in (
+        ("Complex", "What is it?", "A lung."),
+        ("Region", "What is <region>masks/a.png</region>?", "A lung."),
+        ("Grounding", "Segment the lung.", "<SEG><mask>masks/a.png</mask>"),
+    ):
+        row = {"image": "images/a.png", "conversations": talk(f"<image>\n{question}", answer)}
+        put(root / f"MeCoVQA/train/MeCoVQA-{kind}.json", [row])
+    row = {"img_name": "xmlab1/source.jpg", "question": "What?", "answer": "MRI", "q_lang": "en"}
+    put(root / "Slake1.0/train.json", [row])
+    row = {"image": {"bytes": png(), "path": "a.png"}, "question": "Is it?", "answer": "yes"}
+    for name in ("PathVQA", "VQA-RAD"):
+        write_parquet(root / name / "data/train-00000-of-00001.parquet", [row])
+    head = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label"
+    head_2 = "index,Figure_path,Caption,Question,ChoiceA,ChoiceB,ChoiceC,ChoiceD,Answer,split"
+    pictures = (
+        "llava_med_alignment/images/a.jpg", "MeCoVQA/images/a.png", "MeCoVQA/masks/a.png",
+        "Slake1.0/imgs/xmlab1/source.jpg", "PMC-VQA/images/a.jpg", "mine/images/a.png",
+        "mine/masks/lung/a.png", "ImageCLEF-2019/Train_images/a.jpg", "ImageCLEF-2021/Train_images/a.jpg",
+    )  # fmt: skip
+    for picture in pictures:
+        put(root / picture)
+    for version, line in ((head, "a.jpg,Q?,CT,CT,MR,PET,US,A"), (head_2, "0,a.jpg,,Q?,CT,MR,PET,US,A,train")):
+        name = "train.csv" if version is head else "train_2.csv"
+        write_csv(root / "PMC-VQA" / name, [version.split(","), line.split(",")])
+    (root / "ImageCLEF-2019/All_QA_Pairs_train.txt").write_text("a|what is it?|a lung\n")
+    (root / "ImageCLEF-2021/VQA-Med-2021-Train.txt").write_text("a|what is it?|a lung\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["published-7b", "lora"])
+def test_every_source_of_a_shipped_recipe_opens_on_its_published_layout(published, name):
+    for source, settings in load_recipe(name).data.items():
+        (record,) = open_source(source, settings)
+        assert record.split in ("train", None), source
 
 
 def test_the_fingerprint_of_records_changes_with_their_files_regions_and_arrays():

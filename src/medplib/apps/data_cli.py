@@ -149,6 +149,8 @@ def _read(path: Path, layout: str, split: str | None, options: Sequence[str] | N
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise InputError(f"--option must be KEY=VALUE, got {text!r}.")
+        if key.strip() in ("name", "path", "split"):
+            raise InputError(f"--option {text!r}: give PATH, --format and --split instead.")
         try:
             given[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:

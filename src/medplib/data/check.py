@@ -18,7 +18,7 @@ from medplib.conversation import CONTROL_TOKENS, IMAGE, REGION, SEG
 from medplib.data.duplicates import close_pairs, difference_hash
 from medplib.data.files import digest64, identity
 from medplib.data.record import Record
-from medplib.data.report import EXAMPLES, ReadReport
+from medplib.data.report import ACTIONS, EXAMPLES, ReadReport
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
 
@@ -39,6 +39,7 @@ KINDS = {  # kind: (level, what it means)
     "unknown tag": ("warning", "words in <> that are no control tokens"),
     "dropped": ("warning", "rows that gave no record"),
     "repaired": ("warning", "rows that were repaired"),
+    "unknown": ("warning", "labels, modalities or names that were not understood and left out"),
 }
 _TAG = re.compile(r"</?[A-Za-z_]\w*>")
 _CONTROL = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, IMAGE, "</s>", "<s>"))) + r"|<gen_\d+>")
@@ -308,7 +309,7 @@ class _Census:
         """What the reader met before there were records."""
         if report is None:
             return
-        for action in ("dropped", "repaired"):
+        for action in ACTIONS:
             for kind, count in report.counts[action].items():
                 example = f"{kind}: {report.examples[action, kind][0]}"
                 lost = action == "dropped" and kind.endswith("missing")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from medplib.data.archive import archive_at
 from medplib.errors import InputError
 from medplib.io.images import load_image
+from medplib.io.masks import foreground
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class MaskFile:
-    """A mask in an image file: pixels >= 1 are foreground, or those equal to `value` of a label map."""
+    """A mask in an image file: its foreground, or the pixels equal to `value` of a label map.
+
+    Foreground is what is seen, as `medplib.io.masks` says; a label map in a palette holds numbers.
+    """
 
     file: File | Bytes
     value: int | None = None
@@ -101,8 +106,7 @@ class MaskFile:
 
     def load(self) -> np.ndarray:
         """bool (H, W). Raises InputError, naming the file."""
-        pixels = read_labels(self.file)
-        return pixels >= 1 if self.value is None else pixels == self.value
+        return _read(self.file, foreground) if self.value is None else read_labels(self.file) == self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +131,19 @@ class UnionMask:
 
 def read_labels(file: File | Bytes) -> np.ndarray:
     """The numbers stored in an image of one channel, (H, W). Raises InputError, naming the file."""
+    return _read(file, _numbers)
+
+
+def _numbers(image: Image.Image) -> np.ndarray:
+    mode = "I" if image.mode.startswith(("I", "F")) else "L"
+    return np.array(image if image.mode in ("P", mode) else image.convert(mode))
+
+
+def _read(file: File | Bytes, look: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     data = file.read()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            mode = "I" if image.mode.startswith(("I", "F")) else "L"
-            return np.array(image if image.mode in ("P", mode) else image.convert(mode))
+            return look(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"The mask {str(file)!r} cannot be read as an image: {error}.") from error
 

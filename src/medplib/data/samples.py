@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError, UnknownNameError
+from medplib.io.masks import foreground
 
 MODALITIES = (
     "CT",
@@ -71,7 +73,7 @@ class ImageSample:
     def load_image(self) -> np.ndarray:
         """uint8 (H, W, 3); grey images come back with three equal channels."""
         if isinstance(self.image, Path):
-            return _open(self.image, "RGB")
+            return _open(self.image, lambda image: np.array(image.convert("RGB")))
         return self.image
 
     def load_mask(self, which: int | str) -> np.ndarray:
@@ -81,7 +83,7 @@ class ImageSample:
         """
         mask = self._structure(which).mask
         if isinstance(mask, Path):
-            return _open(mask, None) > 0
+            return _open(mask, foreground)
         return mask
 
     def load_masks(self) -> np.ndarray:
@@ -120,10 +122,8 @@ def keyed_rng(*keys: int | str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def _open(path: Path, mode: str | None) -> np.ndarray:
+def _open(path: Path, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"There is no image file {path}.")
     with Image.open(path) as image:
-        if mode is None:
-            mode = "L" if image.mode in ("1", "L", "P") else "I"
-        return np.array(image.convert(mode) if image.mode != mode else image)
+        return read(image)

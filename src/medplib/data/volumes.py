@@ -47,19 +47,19 @@ class SliceImage:
 
 @dataclass(frozen=True, slots=True)
 class SliceMask:
-    """The pixels of a slice that have this label."""
+    """The pixels of a slice that have one of these labels."""
 
     path: str
     axis: int
     index: int
-    label: int
+    labels: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.path}[{self.index}] (label {self.label})"
+        return f"{self.path}[{self.index}] (label {', '.join(map(str, self.labels))})"
 
     def load(self) -> np.ndarray:
         """bool (H, W). Raises InputError, naming the file."""
-        return upright(volume(self.path), self.axis, self.index) == self.label
+        return np.isin(upright(volume(self.path), self.axis, self.index), self.labels)
 
 
 def volume(path: str) -> np.ndarray:

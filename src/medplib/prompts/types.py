@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError
+from medplib.io.masks import foreground
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,21 @@ def _read_mask(source: Any) -> tuple[np.ndarray, str]:
 
 
 def _image_array(image: Image.Image, name: str) -> np.ndarray:
-    """A one-channel Pillow image -> (H, W); a colour image is accepted when its channels agree."""
+    """A one-channel Pillow image -> (H, W); a colour image is accepted when its channels agree.
+
+    What is black in a palette, or fully transparent, becomes 0; another colour of number 0 becomes 256.
+    """
     if getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{name} has {image.n_frames} frames; give the one that belongs to the image")
     array = np.asarray(image)
+    if image.mode == "P":
+        return np.where(foreground(image), np.where(array == 0, np.int32(256), array), 0)
     if array.ndim == 2:
         return array
     colours = array[..., : {"LA": 1}.get(image.mode, 3)]
     if image.mode not in ("LA", "RGB", "RGBA") or (colours != colours[..., :1]).any():
         raise InputError(f"{name} is a colour image (mode {image.mode}); save the mask with one channel")
-    return colours[..., 0]
+    return np.where(foreground(image), colours[..., 0], 0)
 
 
 def _binary(array: np.ndarray, name: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from medplib.data.mini import INDEX, default_mini_root, load_mini
+from medplib.data.options import check_options
 from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import QuestionMaker
+from medplib.data.readers import read
 from medplib.data.record import Record
 from medplib.data.samples import keyed_rng
 from medplib.errors import InputError
@@ -55,12 +58,19 @@ class MiniQuestions:
 
     One index is one augmented image and `per_image` questions about it, which share its pixels. The length
     is `per_epoch` (default: the number of images in the split).
+
+    tasks      of MINI_TASKS, or {kind of question: share}
+    weights    {data set: share}
+    table, removal  chances of a table in the picture and of a structure taken out of it
+
+    Raises InputError for values that cannot be used.
     """
 
     def __init__(
         self,
         split: str | None = "train",
-        tasks: Mapping[str, float] | Sequence[str] = ("vqa", "region", "grounding"),
+        *,
+        tasks: Mapping[str, float] | Sequence[str] | str = ("vqa", "region", "grounding"),
         per_image: int = 1,
         per_epoch: int | None = None,
         weights: Mapping[str, float] | None = None,
@@ -71,6 +81,10 @@ class MiniQuestions:
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
                          "table": table, "removal": removal}  # fmt: skip
+        _check_range({"per_image": per_image, "per_epoch": per_epoch}, 1, None)
+        _check_range({"table": table, "removal": removal}, 0, 1)
+        if weights is not None:
+            _check_shares("weights", weights)
         mix = _task_shares(tasks)
         shares = None if weights is None else tuple(sorted(weights.items()))
         self.images, vocabulary, count = _mini_images(split, shares, table, removal)
@@ -130,16 +144,29 @@ def _mini_images(split: str | None, shares: tuple | None, table: float, removal:
     return images, vocabulary, len(samples)
 
 
-def _task_shares(tasks: Mapping[str, float] | Sequence[str]) -> dict[str, float]:
+def _check_range(values: Mapping[str, float | None], low: float, high: float | None) -> None:
+    for key, value in values.items():
+        if value is not None and not low <= value <= (value if high is None else high):
+            wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InputError(f"options.{key} of the mini set must be {wanted}, got {value}.")
+
+
+def _check_shares(key: str, shares: Mapping[str, float]) -> None:
+    if not all(0 <= share < math.inf for share in shares.values()) or not sum(shares.values()) > 0:
+        raise InputError(f"options.{key} of the mini set must be shares from 0, some above, got {shares}.")
+
+
+def _task_shares(tasks: Mapping[str, float] | Sequence[str] | str) -> dict[str, float]:
     if isinstance(tasks, str):
         tasks = [tasks]
-    if isinstance(tasks, Mapping):
-        return {str(k): float(v) for k, v in tasks.items()}
-    unknown = [t for t in tasks if t not in MINI_TASKS]
+    mixed = isinstance(tasks, Mapping)
+    known = [kind for mix in MINI_TASKS.values() for kind in mix] if mixed else list(MINI_TASKS)
+    unknown = [t for t in tasks if t not in known]
     if unknown or not tasks:
-        raise InputError(
-            f"options.tasks of the mini set may hold {', '.join(MINI_TASKS)}; got {list(tasks)}."
-        )
+        raise InputError(f"options.tasks of the mini set may hold {', '.join(known)}; got {list(tasks)}.")
+    if mixed:
+        _check_shares("tasks", tasks)
+        return {str(k): float(v) for k, v in tasks.items()}
     return {kind: share / len(tasks) for t in tasks for kind, share in MINI_TASKS[t].items()}
 
 
@@ -147,14 +174,13 @@ def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
     """The records of a recipe's source. Raises InputError, naming the source."""
     try:
         if source.reader == "mini":
+            check_options(MiniQuestions, source.options, "The mini set")
             return MiniQuestions(split=source.split, **source.options)
-        try:
-            from medplib.data.readers import read
-        except ImportError as error:
-            raise InputError(f"The reader {source.reader!r} is not in this version of medplib.") from error
         if source.path is None:
-            raise InputError(f"data.{name}.path is missing; name the folder of the data set.")
+            raise InputError("path is missing; name the folder of the data set.")
         return read(source.reader, Path(source.path).expanduser(), split=source.split, **source.options)
+    except InputError as error:
+        raise InputError(f"data.{name}: {error}") from error
     except TypeError as error:
         raise InputError(
             f"data.{name}: the options do not fit the reader '{source.reader}': {error}"

@@ -7,7 +7,7 @@ later leave the questions about the others as they are, but for what may be call
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,7 +25,7 @@ from medplib.data.builder.split import case_key, split_of, split_table
 from medplib.data.builder.statistics import Statistics
 from medplib.data.builder.writers import AnswerWriter, TemplateWriter, check_answer
 from medplib.data.record import Record
-from medplib.data.samples import ImageSample, keyed_rng
+from medplib.data.samples import MODALITIES, ImageSample, keyed_rng
 from medplib.errors import InputError
 
 SHOWN = 12  # records of each type on the contact sheet
@@ -82,6 +82,9 @@ class BuildSettings:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.several not in ("turns", "answer"):
             raise InputError(f"several must be 'turns' or 'answer', got {self.several!r}.")
+        for key, names in self.unsure.items():
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise InputError(f"unsure must list names for {key!r}, as ['bone'], got {names!r}.")
         for key, value in self.spacing.items():
             if len(value) != 2 or not all(isinstance(v, int | float) and v > 0 for v in value):
                 raise InputError(f"The spacing of {key!r} must be [row, column] in mm, got {value!r}.")
@@ -140,6 +143,7 @@ def build_mecovqa(
     case = case_key(settings.case_pattern)
     folder = MeCoVQAFolder(out, settings.types, link=link, overwrite=overwrite)
     policy = AbsencePolicy(samples, vocabulary, settings.unsure, settings.negatives_from)
+    names = set(MODALITIES).union(*policy.drawn.values())
     statistics, placed = Statistics(), []
     skipped: Counter[str] = Counter()
     if getattr(samples, "skipped", 0):
@@ -152,7 +156,7 @@ def build_mecovqa(
             for number, facts in chunk:
                 split = split_of(case(facts.sample), settings.seed, settings.test_share)
                 plans.append((number, facts, split, plan_rows(facts, policy, settings, number)))
-            words = iter(_worded(pool, writer, plans))
+            words = iter(_worded(pool, writer, plans, names))
             for number, facts, split, rows in plans:
                 if not rows:
                     skipped["image with nothing to ask about"] += 1
@@ -230,18 +234,19 @@ def _chunks(facts: Iterator[tuple[int, ImageFacts]], size: int) -> Iterator[list
 
 
 def _worded(
-    pool: ThreadPoolExecutor, writer: AnswerWriter, plans: Sequence[tuple]
+    pool: ThreadPoolExecutor, writer: AnswerWriter, plans: Sequence[tuple], names: Set[str]
 ) -> list[tuple[str, str | None]]:
     """For every turn of the plans, in order: the writer's answer, or the draft and why it was not taken.
 
-    An error of the writer ends the work on those that wait.
+    names: all that an answer could confuse. An error of the writer ends the work on those that wait.
     """
 
     def word(wish: tuple[dict[str, Any], Pair]) -> tuple[str, str | None]:
         summary, pair = wish
         facts = {**summary, "question type": pair.kind, "asked about": list(pair.names)}
         answer = writer.write(facts, pair.question, pair.answer)
-        why = check_answer(answer, pair.question, pair.answer)
+        about = (*pair.names, summary["modality"])
+        why = check_answer(answer, pair.question, pair.answer, about, names)
         return (pair.answer, why) if why else (answer.strip(), None)
 
     wishes = []

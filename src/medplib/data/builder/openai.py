@@ -26,8 +26,10 @@ SYSTEM = (
     "You word answers about medical images for a training set. You get facts measured from expert masks, a "
     "question and a correct draft answer. Write the answer in one to three natural sentences. Say nothing "
     "that the facts and the draft do not say: no diagnosis, no cause, no advice. Keep every number of the "
-    "draft and add none. Keep <ref>...</ref> and <SEG> exactly as they are and in their order; use no other "
-    'tags. If the draft begins with "Yes" or "No", begin with it. Reply with the answer alone.'
+    "draft and add none. Keep names and words of place (left, upper, inside) as the draft has them and in "
+    "its order, and name no other structure. Keep <ref>...</ref> and <SEG> exactly as they are and in their "
+    'order; use no other tags. If the draft begins with "Yes" or "No", begin with it. Reply with the answer '
+    "alone."
 )
 # No connection, a time-out, an answer cut short, or not the protocol's JSON: worth another try.
 _PASSING = (OSError, ValueError, http.client.HTTPException)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import Any
 
+from medplib.data.options import check_options
 from medplib.data.recordset import RecordSet, concat
 from medplib.errors import InputError
 from medplib.registry import READERS
@@ -23,19 +23,11 @@ def read(name: str, path: str | os.PathLike | Any, split: str | None = None, **o
     split    "train", "val" or "test" where the set has them; None reads all
     options  the reader's own, such as `images=` for pictures that lie elsewhere
 
-    Raises InputError for a path, split or option that cannot be used, UnknownNameError for the name.
+    Raises InputError for a path, split or option that cannot be used or has a wrong type, UnknownNameError
+    for the name.
     """
     reader = READERS.get(name.strip().lower().replace("-", "_") if isinstance(name, str) else name)
-    known = [
-        parameter.name
-        for parameter in inspect.signature(reader).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    for option in options:
-        if option not in known:
-            raise InputError(
-                f"The reader {name!r} has no option {option!r}. Known: {', '.join(known) or 'none'}."
-            )
+    check_options(reader, options, f"The reader {name!r}")
     if isinstance(path, (str, os.PathLike)):
         path = os.path.expanduser(os.fspath(path))
         if not os.path.exists(path):

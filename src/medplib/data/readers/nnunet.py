@@ -1,4 +1,4 @@
-"""nnU-Net's raw data sets (versions 1 and 2): a grounding record per slice and label.
+"""nnU-Net's raw data sets (versions 1 and 2): a grounding record per slice and structure.
 
 On disk: dataset.json, imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, and likewise imagesTs/, labelsTs/.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from medplib.data.volumes import AXES, SliceImage, SliceMask, volume
 from medplib.errors import InputError
 
 _FOLDERS = {"train": "Tr", "test": "Ts"}
+Structure = tuple[str, tuple[int, ...]]  # its name and its labels
 
 
 def read_nnunet(
@@ -44,6 +45,7 @@ def read_nnunet(
     window      stored values shown as black and white, such as (-160, 240) HU; None: 0.5 to 99.5 percentiles
     min_pixels  a label with fewer pixels in a slice gives no record
 
+    A region of version 2 ({"whole": [1, 2]}) is a structure too: the union of its labels.
     Each label volume is read once to find its slices. Reading records at random unpacks a volume each time;
     for training write them out first with `medplib data convert`. Memory: 8 bytes per record.
     """
@@ -53,10 +55,13 @@ def read_nnunet(
         raise InputError(f"window must be two values, the lower first, got {window!r}.")
     if split is not None and SPLITS.get(split) not in _FOLDERS:
         raise InputError(f"nnU-Net has no split {split!r}. Known: train, test.")
+    window = None if window is None else tuple(window)
     root = Path(path).resolve()
     about = _read_json(root / "dataset.json")
-    names, modality = _labels(about, root), _modality(about, channel)
-    ending = about.get("file_ending") or ".nii.gz"
+    named, modality = _labels(about, root), _modality(about, channel)
+    structures = _structures(named, root)
+    known = {label for _, labels in named for label in labels}
+    ending, cut = about.get("file_ending") or ".nii.gz", AXES[axis]
     report, parts = ReadReport(), []
     for name, suffix in _FOLDERS.items():
         folder = root / f"labels{suffix}"
@@ -64,9 +69,9 @@ def read_nnunet(
             continue
         images = root / f"images{suffix}"
         cases = _cases(folder, images, ending, channel, report)
-        items = _scan(folder, cases, ending, AXES[axis], names, min_pixels, report)
+        items = _scan(folder, cases, ending, cut, structures, known, min_pixels, report)
         make = SliceRow(
-            str(images), str(folder), ending, channel, AXES[axis], window, names, modality, root.name, name
+            str(images), str(folder), ending, channel, cut, window, structures, modality, root.name, name
         )
         parts.append((SliceRows(cases, items, root.name), None, make))
     if not parts:
@@ -75,7 +80,7 @@ def read_nnunet(
 
 
 class SliceRows:
-    """(case, slice, label) of every record, 8 bytes each: case << 32 | slice << 16 | label."""
+    """(case, slice, structure) of every record, 8 bytes each: case << 32 | slice << 16 | structure."""
 
     def __init__(self, cases: Sequence[str], items: np.ndarray, name: str) -> None:
         import hashlib
@@ -98,7 +103,7 @@ class SliceRows:
 
 @dataclass(frozen=True)
 class SliceRow:
-    """Makes the grounding Record of (case, slice, label)."""
+    """Makes the grounding Record of (case, slice, number in `structures`)."""
 
     images: str
     labels: str
@@ -106,7 +111,7 @@ class SliceRow:
     channel: int
     axis: int
     window: tuple[float, float] | None
-    names: dict[int, str]
+    structures: tuple[Structure, ...]
     modality: str | None
     source: str
     split: str
@@ -114,17 +119,17 @@ class SliceRow:
     @property
     def settings(self) -> str:
         """What belongs to the fingerprint."""
-        return f"nnunet {self.channel} {self.axis} {self.window} {sorted(self.names.items())} {self.split}"
+        return f"nnunet {self.channel} {self.axis} {self.window} {self.structures} {self.split}"
 
     def __call__(self, row: tuple[str, int, int], number: int) -> Record:
-        case, index, label = row
-        name = self.names[label]
+        case, index, structure = row
+        name, labels = self.structures[structure]
         image = os.path.join(self.images, f"{case}_{self.channel:04d}{self.ending}")
         mask = os.path.join(self.labels, case + self.ending)
         return Record(
             turns=((f"Segment the {name}.", present_answer([name])),),
             images=(SliceImage(image, self.axis, index, self.window),),
-            masks=(SliceMask(mask, self.axis, index, label),),
+            masks=(SliceMask(mask, self.axis, index, labels),),
             source=self.source,
             row=number,
             modality=self.modality,
@@ -153,11 +158,12 @@ def _scan(
     cases: Sequence[str],
     ending: str,
     axis: int,
-    names: dict[int, str],
+    structures: Sequence[Structure],
+    known: Collection[int],
     min_pixels: int,
     report: ReadReport,
 ) -> np.ndarray:
-    """uint64 (N,): the slices that show a label, by case, slice and label."""
+    """uint64 (N,): the slices that show a structure, by case, slice and structure."""
     items = array("Q")
     for number, case in enumerate(cases):
         try:
@@ -165,35 +171,40 @@ def _scan(
         except InputError as error:
             report.add("dropped", "label volume unreadable", str(error))
             continue
-        for label in sorted(set(np.unique(values).tolist()) - {0}):
-            if label not in names:
-                report.add("unknown", f"label {label}", f"{folder.name}/{case}{ending}")
+        there = set(np.unique(values).tolist()) - {0}
+        for label in sorted(there - set(known)):
+            report.add("unknown", f"label {label}", f"{folder.name}/{case}{ending}")
+        for place, (name, labels) in enumerate(structures):
+            if there.isdisjoint(labels):
                 continue
-            label = int(label)
-            counts = (values == label).sum(axis=tuple(i for i in range(3) if i != axis))
+            counts = np.isin(values, labels).sum(axis=tuple(i for i in range(3) if i != axis))
             small = int(((counts > 0) & (counts < min_pixels)).sum())
             if small:
-                report.add("dropped", f"fewer than {min_pixels} pixels", f"{case} {names[label]}", small)
-            items.extend(number << 32 | int(i) << 16 | label for i in np.flatnonzero(counts >= min_pixels))
+                report.add("dropped", f"fewer than {min_pixels} pixels", f"{case} {name}", small)
+            items.extend(number << 32 | int(i) << 16 | place for i in np.flatnonzero(counts >= min_pixels))
     return np.sort(np.frombuffer(items, np.uint64))
 
 
-def _labels(about: dict[str, Any], root: Path) -> dict[int, str]:
-    """{label: name} of version 1 ({"1": "liver"}) and 2 ({"liver": 1, "whole": [1, 2]}); regions left out."""
-    names: dict[int, str] = {}
+def _labels(about: dict[str, Any], root: Path) -> list[Structure]:
+    """All that version 1 ({"1": "liver"}) or 2 ({"liver": 1, "whole": [1, 2]}) names. Raises InputError."""
+    named = []
     for key, value in about.get("labels", {}).items():
-        name, label = (value, key) if isinstance(value, str) else (key, value)
-        if isinstance(label, list):
-            continue
+        name, labels = (value, key) if isinstance(value, str) else (key, value)
         try:
-            names[int(label)] = spoken(name)
+            labels = labels if isinstance(labels, list) else [labels]
+            named.append((spoken(name), tuple(int(label) for label in labels)))
         except (TypeError, ValueError):
             raise InputError(f"dataset.json in {str(root)!r}: {key!r}: {value!r} is no label.") from None
-    names.pop(0, None)
-    names = {label: name for label, name in names.items() if name.lower() not in ("background", "ignore")}
-    if not names:
+    return named
+
+
+def _structures(named: Sequence[Structure], root: Path) -> tuple[Structure, ...]:
+    """Those that can be asked for, by their labels. Raises InputError if there is none."""
+    found = [(name, labels) for name, labels in named if name.lower() not in ("background", "ignore")]
+    found = sorted((item for item in found if any(item[1])), key=lambda item: item[1])
+    if not found:
         raise InputError(f"dataset.json in {str(root)!r} names no labels besides the background.")
-    return names
+    return tuple(found)
 
 
 def _modality(about: dict[str, Any], channel: int) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from medplib.data.archive import archive_at
-from medplib.data.files import ImageFile, MaskFile, UnionMask
+from medplib.data.files import File, ImageFile, MaskFile, UnionMask
 from medplib.data.names import CLASSES, SliceName, class_names, slice_name, spoken
 from medplib.data.questions import present_answer
 from medplib.data.readers.common import (
@@ -47,7 +47,7 @@ def read_sa_med2d(
     split: str | None = None,
     *,
     per: str = "class",
-    exclude: Sequence[str] = KNOWN_BAD,
+    exclude: str | Collection[str] = KNOWN_BAD,
     index: str | os.PathLike | None = None,
     classes: str | os.PathLike | None = None,
     verify: bool = True,
@@ -57,7 +57,7 @@ def read_sa_med2d(
 
     split    only for SAM-Med2D's lists, by their names
     per      "class": one record per image and class; "image": one record per image, a turn per class
-    exclude  data sets left out, by default those known to be bad
+    exclude  the data sets left out, one or several; by default those known to be bad
     index    the JSON list, if it is not in the folder or zip
     classes  the JSON table of class numbers, likewise
     verify   look whether each file is there; a list of millions takes minutes less without
@@ -67,6 +67,7 @@ def read_sa_med2d(
     """
     if per not in ("class", "image"):
         raise InputError(f"per must be 'class' or 'image', got {per!r}.")
+    excluded = frozenset([exclude] if isinstance(exclude, str) else exclude)
     given = Path(path)
     if given.suffix == ".json":
         index, store = given, _near(given)
@@ -78,10 +79,10 @@ def read_sa_med2d(
         raise InputError(
             f"SA-Med2D has no list of split {split!r} in {str(store)!r}; it has no splits itself."
         )
-    table = Path(classes).read_bytes() if classes is not None else _read(store, CLASSES)
+    table = File(os.fspath(classes)).read() if classes is not None else _read(store, CLASSES)
     names, report, parts = class_names(table), ReadReport(), []
     for file in chosen:
-        scan = _Scan(names, frozenset(exclude), Listing(store, report) if verify else None, report)
+        scan = _Scan(names, excluded, Listing(store, report) if verify else None, report)
         rows, _ = index_json(file, scan)
         items = np.array(scan.items, np.uint64)
         bounds = None
