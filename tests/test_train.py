@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from training_run import recipe, records
 from medplib import MedPLIB
 from medplib.data.record import Record
 from medplib.errors import CheckpointError, InputError, MedPLIBError
-from medplib.training import chain, snapshots, trainer
+from medplib.training import chain, snapshots, trainer, watch
 from medplib.training.chain import train
 from medplib.training.recipe import make_recipe
 
@@ -226,6 +227,34 @@ def test_nan_stops_the_run_and_the_batch_is_kept(tiny_folder, tmp_path, monkeypa
     assert len(content["rows"]) == 2
     assert content["rows"][0][0]["source"] == "some"
     assert snapshots.newest(tmp_path / "mixture").name == "step-00000002"
+
+
+def test_what_the_stop_at_a_loss_that_is_not_finite_advises_works(tiny_folder, tmp_path):
+    settings = {"save_steps": 1, "stage": {"learning_rate": 1e30}}
+    folder, snapshot = tmp_path / "mixture", tmp_path / "mixture" / "step-00000001"
+    for _ in range(2):  # the same command comes to the same stop, as the message says
+        with pytest.raises(MedPLIBError, match="at step 2") as raised:
+            run(tiny_folder, tmp_path, **settings)
+        assert f"{str(snapshot)!r}, continues the same settings" in str(raised.value)
+        assert f"first remove {str(folder)!r}" in str(raised.value)
+    settings["stage"] = {"learning_rate": 1e-4}
+    with pytest.raises(CheckpointError, match=rf"learning_rate.*or remove '{folder}'"):
+        run(tiny_folder, tmp_path, **settings)
+    shutil.rmtree(folder)
+    (result,) = run(tiny_folder, tmp_path, **settings)
+    assert snapshots.is_complete(result.folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_folder, tmp_path, monkeypatch):
+    def spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+
+    monkeypatch.setattr(watch.Watch, "on_step_end", spoil)
+    with pytest.raises(MedPLIBError, match=r"weight is not finite at step 4 \(.* nan\).*step-00000002"):
+        run(tiny_folder, tmp_path)
+    assert [p.name for p in snapshots.steps(tmp_path / "mixture")] == ["step-00000002"]
+    assert not (tmp_path / "mixture" / "model").exists()
 
 
 def test_a_gradient_that_is_not_finite_moves_no_weight(tiny_folder, tmp_path, monkeypatch):

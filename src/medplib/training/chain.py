@@ -227,8 +227,7 @@ def _check_finished(
     for key, (old, new) in told.items():
         if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
             raise CheckpointError(
-                f"{str(final)!r} was made with another {key}{_told(old, new)}. "
-                "Choose another out folder, or set it back."
+                f"{str(final)!r} was made with another {key}{_told(old, new)}. {_remedy(final)}"
             )
 
 
@@ -355,8 +354,13 @@ def _check_same(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: P
             which = f" ({', '.join(map(str, names))})" if names else ""
             raise CheckpointError(
                 f"{str(folder)!r} was made with another {key}{which}{_told(manifest.get(key), value)}. "
-                "Choose another out folder, or set it back."
+                f"{_remedy(folder)}"
             )
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a snapshot or a finished model of another recipe."""
+    return f"Set it back, choose another out folder, or remove {str(folder.parent)!r} to start it anew."
 
 
 def _told(old: Any, new: Any) -> str:
