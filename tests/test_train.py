@@ -18,7 +18,8 @@ from training_run import recipe, records
 from medplib import MedPLIB
 from medplib.data.record import Record
 from medplib.errors import CheckpointError, InputError, MedPLIBError
-from medplib.training import chain, snapshots, trainer, watch
+from medplib.training import chain, checks, snapshots, trainer, watch
+from medplib.training.batches import augmentation
 from medplib.training.chain import train
 from medplib.training.recipe import make_recipe
 
@@ -331,6 +332,20 @@ def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, work
         train(recipe(tiny_folder, tmp_path, workers=workers), sources={"some": rows})
 
 
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ({"chance": "x"}, r"augment\.chance must be of type float, got 'x'"),
+        ({"tries": 2.5}, r"augment\.tries must be of type int, got 2\.5"),
+        ({"chanse": 1}, r"augment has no argument 'chanse'\. Known: chance, keep"),
+        ({"chance": 3}, "chance must be between 0 and 1, got 3"),
+    ],
+)
+def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augment, message):
+    with pytest.raises(InputError, match=message):
+        augmentation(recipe("model", tmp_path, augment=augment))
+
+
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_does(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="take 6"):
         run(tiny_folder, tmp_path, micro_batch=2, stage={"batch_size": 5})
@@ -362,7 +377,7 @@ def test_a_run_killed_with_signal_9_ends_as_if_nothing_had_happened(tiny_folder,
 
 def test_a_snapshot_is_continued_in_the_form_it_was_written_only(tmp_path):
     with pytest.raises(CheckpointError, match=r"another sharding \('fsdp2', now 'none'\)"):
-        chain._check_same({"sharding": "fsdp2"}, {"sharding": "none"}, tmp_path)
+        checks.check_same({"sharding": "fsdp2"}, {"sharding": "none"}, tmp_path)
     content = recipe("model", tmp_path).to_dict()
     kinds = [
         chain._sharding(make_recipe(content | changes), world)
