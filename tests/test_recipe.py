@@ -1,5 +1,7 @@
 """Recipes: read, checked, changed by dotted keys; the shipped ones say what the stages say."""
 
+import math
+
 import pytest
 import yaml
 
@@ -39,8 +41,10 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name):
         (changed(micro_batch="two"), r"micro_batch"),
         (changed(micro_batch=0), r"micro_batch must be at least 1, got 0"),
         (changed(stages={"vqa": {"learning_rat": 1}}), r"vqa\.learning_rat.*Did you mean 'learning_rate'"),
-        (changed(stages={"vqa": {"learning_rate": "fast"}}), r"vqa\.learning_rate must be a number.*'fast'"),
-        (changed(stages={"vqa": {"learning_rate": -1.0}}), r"learning_rate must be a number above 0"),
+        (changed(stages={"vqa": {"learning_rate": "fast"}}), r"vqa\.learning_rate must be.*'fast'"),
+        (changed(stages={"vqa": {"learning_rate": "nan"}}), r"vqa\.learning_rate must be a finite number"),
+        (changed(stages={"vqa": {"epochs": math.inf}}), r"vqa\.epochs must be a finite number, got inf"),
+        (changed(stages={"vqa": {"learning_rate": -1.0}}), r"learning_rate must be a finite number above 0"),
         (changed(stages={"mine": {}}), r"stages\.mine is no published stage"),
         (changed(stages={"vqa": {"data": ["sme"]}}), r"Got 'sme'. Did you mean 'some'"),
         (changed(stages={"vqa": {"lora": {"language_model": {"rnk": 2}}}}), r"lora\.language_model\.rnk"),

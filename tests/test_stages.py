@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import sys
 
 import pytest
@@ -181,7 +182,13 @@ def test_optional_part_may_be_missing(net):
         ({"lora": {"layers": {"rank": 8}}}, "lora must be"),
         ({"loss_weights": {"ce": -1.0}}, "loss_weights must be"),
         ({"loss_weights": {"ce": "1"}}, "loss_weights must be"),
-        ({"learning_rate": 0}, "learning_rate must be a number above 0"),
+        ({"loss_weights": {"ce": math.inf}}, "loss_weights must be"),
+        ({"lora": {"layers": LoRA(2, math.nan, ("q_proj",))}}, "lora must be settings with a finite alpha"),
+        ({"learning_rate": 0}, "learning_rate must be a finite number above 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
+        ({"epochs": math.inf}, "epochs must be a finite number above 0, got inf"),
+        ({"clip": math.nan}, "clip must be"),
+        ({"weight_decay": math.nan}, "weight_decay must be a finite number of at least 0"),
         ({"learning_rate": "1e-4"}, "learning_rate must be"),
         ({"epochs": True}, "epochs must be"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),

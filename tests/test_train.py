@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,8 @@ from training_run import recipe, records
 from medplib import MedPLIB
 from medplib.data.record import Record
 from medplib.errors import CheckpointError, InputError, MedPLIBError
-from medplib.training import chain, snapshots, trainer
+from medplib.training import chain, checks, snapshots, trainer, watch
+from medplib.training.batches import augmentation
 from medplib.training.chain import train
 from medplib.training.recipe import make_recipe
 
@@ -228,6 +230,34 @@ def test_nan_stops_the_run_and_the_batch_is_kept(tiny_folder, tmp_path, monkeypa
     assert snapshots.newest(tmp_path / "mixture").name == "step-00000002"
 
 
+def test_what_the_stop_at_a_loss_that_is_not_finite_advises_works(tiny_folder, tmp_path):
+    settings = {"save_steps": 1, "stage": {"learning_rate": 1e30}}
+    folder, snapshot = tmp_path / "mixture", tmp_path / "mixture" / "step-00000001"
+    for _ in range(2):  # the same command comes to the same stop, as the message says
+        with pytest.raises(MedPLIBError, match="at step 2") as raised:
+            run(tiny_folder, tmp_path, **settings)
+        assert f"{str(snapshot)!r}, continues the same settings" in str(raised.value)
+        assert f"first remove {str(folder)!r}" in str(raised.value)
+    settings["stage"] = {"learning_rate": 1e-4}
+    with pytest.raises(CheckpointError, match=rf"learning_rate.*or remove '{folder}'"):
+        run(tiny_folder, tmp_path, **settings)
+    shutil.rmtree(folder)
+    (result,) = run(tiny_folder, tmp_path, **settings)
+    assert snapshots.is_complete(result.folder)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_folder, tmp_path, monkeypatch):
+    def spoil(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 4:
+            next(p for p in model.parameters() if p.requires_grad).data[0] = float("nan")
+
+    monkeypatch.setattr(watch.Watch, "on_step_end", spoil)
+    with pytest.raises(MedPLIBError, match=r"weight is not finite at step 4 \(.* nan\).*step-00000002"):
+        run(tiny_folder, tmp_path)
+    assert [p.name for p in snapshots.steps(tmp_path / "mixture")] == ["step-00000002"]
+    assert not (tmp_path / "mixture" / "model").exists()
+
+
 def test_a_gradient_that_is_not_finite_moves_no_weight(tiny_folder, tmp_path, monkeypatch):
     models = []
 
@@ -302,6 +332,20 @@ def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, work
         train(recipe(tiny_folder, tmp_path, workers=workers), sources={"some": rows})
 
 
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ({"chance": "x"}, r"augment\.chance must be of type float, got 'x'"),
+        ({"tries": 2.5}, r"augment\.tries must be of type int, got 2\.5"),
+        ({"chanse": 1}, r"augment has no argument 'chanse'\. Known: chance, keep"),
+        ({"chance": 3}, "chance must be between 0 and 1, got 3"),
+    ],
+)
+def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augment, message):
+    with pytest.raises(InputError, match=message):
+        augmentation(recipe("model", tmp_path, augment=augment))
+
+
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_does(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="take 6"):
         run(tiny_folder, tmp_path, micro_batch=2, stage={"batch_size": 5})
@@ -333,7 +377,7 @@ def test_a_run_killed_with_signal_9_ends_as_if_nothing_had_happened(tiny_folder,
 
 def test_a_snapshot_is_continued_in_the_form_it_was_written_only(tmp_path):
     with pytest.raises(CheckpointError, match=r"another sharding \('fsdp2', now 'none'\)"):
-        chain._check_same({"sharding": "fsdp2"}, {"sharding": "none"}, tmp_path)
+        checks.check_same({"sharding": "fsdp2"}, {"sharding": "none"}, tmp_path)
     content = recipe("model", tmp_path).to_dict()
     kinds = [
         chain._sharding(make_recipe(content | changes), world)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from medplib import MedPLIB
 from medplib.apps.cli import app
-from medplib.errors import CheckpointError, InputError, UnknownNameError
+from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
 from medplib.training.chain import interpolate, train
 from medplib.training.dry_run import rehearse
 from medplib.training.recipe import load_recipe, make_recipe
@@ -192,6 +192,44 @@ def test_what_is_wrong_with_the_last_stage_is_said_before_the_first_trains(
     with pytest.raises(InputError, match="has no records"):
         train(four(dense_folder, tmp_path, micro_batch=2), sources={**SOURCES, "masks": []})
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dense": "foo"}, r"no expert named 'foo'; it has grounding, vqa"),
+        ({"load": {"foo": 1}}, r"load has no argument 'foo'\. Known: revision"),
+        ({"load": {"clip": "folder"}}, "load: clip is for published layouts"),
+        ({"report_to": ["foo"]}, "report_to: foo is not supported"),
+        ({"report_to": ["neptune"]}, r"report_to.*neptune.* is not"),
+        ({"mask_weights": "nope.pth"}, r"mask_weights: there is no file 'nope\.pth'"),
+        ({"moe": {"capacity_factor": "x"}}, r"moe: .*capacity_factor"),
+        ({"stages": {"mine": {**STAGES["vqa"], "base": "vqa", "start": "nope"}}}, "No model named 'nope'"),
+        ({"stages": {"vqa": STAGES["vqa"]}, "chain": list(STAGES)}, "'align', which is not finished"),
+        ({"stages": {"mixture": STAGES["mixture"]}, "chain": list(STAGES)}, "makes its experts from"),
+    ],
+)
+@pytest.mark.parametrize("begin", [rehearse, train])
+def test_a_rehearsal_refuses_what_the_run_refuses(tiny_folder, tmp_path, begin, changes, message):
+    recipe = four(tiny_folder, tmp_path, **{"stages": {"align": STAGES["align"]}} | changes)
+    with pytest.raises(MedPLIBError, match=message):
+        begin(recipe, sources=SOURCES)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_rehearsal_compares_with_finished_stages(trained, dense_folder, tmp_path):
+    out, _ = trained
+    longer = {**STAGES, "align": {**STAGES["align"], "steps": 3}}
+    with pytest.raises(CheckpointError, match=r"align/model' was made with another stage \(steps\)"):
+        rehearse(four(dense_folder, out, stages=longer), SOURCES)
+    shutil.copytree(out / "vqa", tmp_path / "vqa")  # and the stage before it will be trained first
+    pages = rehearse(four(dense_folder, tmp_path), SOURCES)
+    assert [page.stage.name for page in pages] == list(STAGES)
+    shutil.rmtree(tmp_path / "vqa" / "model")  # its snapshot stays
+    with pytest.raises(CheckpointError, match=r"step-00000002' was made with another stage \(steps\)"):
+        rehearse(
+            four(dense_folder, tmp_path, stages={**STAGES, "vqa": {**STAGES["vqa"], "steps": 3}}), SOURCES
+        )
 
 
 def test_rehearsal_of_a_stage_after_the_mixture(trained, dense_folder):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import difflib
 import itertools
+import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ __all__ = [
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,19 +97,21 @@ class Stage:
         if self.lora is not None:
             if not isinstance(self.lora, Mapping) or not all(isinstance(v, LoRA) for v in self.lora.values()):
                 raise self._wrong("lora", "a dict from part names to LoRA settings")
+            if not all(_is_number(lora.alpha) for lora in self.lora.values()):
+                raise self._wrong("lora", "settings with a finite alpha")
             object.__setattr__(self, "lora", dict(self.lora) or None)
         if not self.train and not self.lora:
             raise InputError(f"Stage '{self.name}' trains nothing; name parts in train= or lora=.")
         weights = self.loss_weights
         if not isinstance(weights, Mapping) or not all(_is_number(v) and v >= 0 for v in weights.values()):
-            raise self._wrong("loss_weights", "a dict from loss names to numbers of at least 0")
+            raise self._wrong("loss_weights", "a dict from loss names to finite numbers of at least 0")
         object.__setattr__(self, "loss_weights", {name: float(value) for name, value in weights.items()})
         for key in ("learning_rate", "epochs", "clip"):
             if not _is_number(getattr(self, key)) or getattr(self, key) <= 0:
-                raise self._wrong(key, "a number above 0")
+                raise self._wrong(key, "a finite number above 0")
         for key in ("weight_decay", "warmup"):
             if not _is_number(getattr(self, key)) or getattr(self, key) < 0:
-                raise self._wrong(key, "a number of at least 0")
+                raise self._wrong(key, "a finite number of at least 0")
         for key, least in (("batch_size", 1), ("max_length", 1), ("seed", 0), ("steps", 1)):
             value = getattr(self, key)
             if not (key == "steps" and value is None) and (

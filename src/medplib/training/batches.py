@@ -5,7 +5,9 @@ B samples per optimiser step over all processes and accumulated forwards, M samp
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,8 +18,10 @@ from torch.utils.data import Dataset
 
 from medplib.conversation import REGION, SEG
 from medplib.data.record import TASKS, Record
+from medplib.data.transforms import Augmentation
 from medplib.errors import InputError
 from medplib.processing import MedPLIBProcessor, Sample
+from medplib.training.recipe import Recipe
 from medplib.training.sources import Order
 
 IMAGE_CHARACTERS = 2000  # what an image counts for beside the text, when samples are sorted by length
@@ -197,3 +201,35 @@ def order_for(
     """The Order of a stage over opened sources."""
     lengths = {name: len(source) for name, source in records.items()}
     return Order(lengths, weights, seed=seed, per_epoch=int(np.int64(per_epoch)), key=key)
+
+
+def stage_batches(
+    recipe: Recipe, name: str, records: Mapping[str, Any], *, start: int = 0, world: int | None = None
+) -> StepBatches:
+    """The batches of a stage over its opened sources, from step `start` on, for this process."""
+    stage, named = recipe.stage(name), recipe.sources(name)
+    records = {key: records[key] for key in named}
+    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
+    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
+    weights = {key: source.weight for key, source in named.items()}
+    return StepBatches(
+        TrainingData(records, stage.seed, augmentation(recipe)),
+        order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size),
+        batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
+        rank=int(os.environ.get("RANK", "0")), world=world or int(os.environ.get("WORLD_SIZE", "1")),
+        grouping=recipe.length_grouping,
+    )  # fmt: skip
+
+
+def augmentation(recipe: Recipe) -> Augmentation | None:
+    """The recipe's augmentation, None without one. Raises InputError, naming the argument."""
+    if recipe.augment is None:
+        return None
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Augmentation)}
+    for key, value in recipe.augment.items():
+        if key not in kinds:
+            raise InputError(f"augment has no argument {key!r}. Known: {', '.join(kinds)}.")
+        wanted = (int, float) if kinds[key] is float else (kinds[key],)
+        if type(value) not in wanted:
+            raise InputError(f"augment.{key} must be of type {kinds[key].__name__}, got {value!r:.80}.")
+    return Augmentation(**recipe.augment)

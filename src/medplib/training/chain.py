@@ -7,10 +7,6 @@ A stage that is finished is not done again, one that was stopped continues from 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,35 +15,29 @@ from typing import Any
 
 import torch
 
-from medplib.configuration import LossConfig
 from medplib.data.record import Record
-from medplib.errors import CheckpointError, InputError
 from medplib.lora import merge_lora
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
 from medplib.results import versions
 from medplib.stages import Stage, set_stage
-from medplib.training.batches import Collate, StepBatches, TrainingData, order_for, steps_of
+from medplib.training.batches import Collate, StepBatches, stage_batches
+from medplib.training.checks import check_finished, check_run, check_same, loss_config, plain_stage
 from medplib.training.frozen import Frozen
 from medplib.training.recipe import Recipe, make_recipe
 from medplib.training.snapshots import (
     begin,
     check_writable,
     clean,
-    manifest_of,
     newest,
     read_manifest,
     seal,
     writing,
 )
 from medplib.training.sources import fingerprint, open_sources
-from medplib.training.starts import recorded_origin, start_folders, start_model
-from medplib.training.trainer import StageTrainer, arguments, check_deepspeed, whole_state
+from medplib.training.starts import start_model
+from medplib.training.trainer import StageTrainer, arguments, whole_state
 from medplib.training.watch import Watch
-
-# What a snapshot must share with its run, and a finished model with the recipe that would make it.
-_SAME_RUN = ("stage", "data", "start", "mixture", "order", "frozen", "interpolate", "sharding")
-_SAME_RECIPE = ("model", "load", "dense", "mask_weights", "moe", "dtype", "samples_per_epoch", "augment")
 
 
 @dataclass
@@ -97,16 +87,7 @@ def train(
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         check_writable(out)
-    for name in recipe.report_to:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"report_to names {name!r}, which is not installed: pip install {name}")
-    opened: dict[str, Any] = dict(sources or {})
-    finished = {name: manifest_of(out / name / "model") for name in recipe.stages}  # it hashes the weights
-    for name, manifest in finished.items():
-        named = recipe.sources(name)
-        if manifest is None:
-            opened |= open_sources(named, opened)
-            check_stage(recipe, name, opened)
+    finished, opened = check_run(recipe, sources)
     return [_run(recipe, name, out, opened, validation, progress, main, finished) for name in recipe.stages]
 
 
@@ -116,7 +97,7 @@ def _run(recipe, name, out, sources, validation, progress, main, finished) -> St
     say = progress if main else None
     if (manifest := finished[name]) is not None:
         intact = [stage for stage, found in finished.items() if found is not None]
-        _check_finished(recipe, name, manifest, final, intact)
+        check_finished(recipe, name, manifest, intact)  # again, now that the stages before it are there
         if say:
             say(f"stage {name}: done before, {final}")
         return StageResult(name, final, None, manifest["parts"], manifest.get("routing"))
@@ -126,7 +107,7 @@ def _run(recipe, name, out, sources, validation, progress, main, finished) -> St
     start = int(resume.name.removeprefix("step-")) if resume else 0
     prepared = prepare_stage(recipe, name, sources, start=start)
     if resume is not None:
-        _check_same(read_manifest(resume), prepared.facts, resume)
+        check_same(read_manifest(resume), prepared.facts, resume)
     if say:
         say(str(prepared.table))
         if resume:
@@ -168,7 +149,7 @@ def prepare_stage(
     model, origin, table = staged_model(recipe, name)
     frozen = Frozen(model)
     facts = {
-        "stage": _plain_stage(stage),
+        "stage": plain_stage(stage),
         "start": origin,
         "mixture": model.config.moe is not None,
         "order": {"batch_size": stage.batch_size, "grouping": recipe.length_grouping,
@@ -183,53 +164,6 @@ def prepare_stage(
         "versions": versions(),
     }  # fmt: skip
     return Prepared(stage, model, table, frozen, batches, Collate(model.processor, stage.max_length), facts)
-
-
-def stage_batches(
-    recipe: Recipe, name: str, records: Mapping[str, Any], *, start: int = 0, world: int | None = None
-) -> StepBatches:
-    """The batches of a stage over its opened sources, from step `start` on, for this process."""
-    stage, named = recipe.stage(name), recipe.sources(name)
-    records = {key: records[key] for key in named}
-    count = recipe.samples_per_epoch or sum(len(r) for r in records.values())
-    steps, per_epoch = steps_of(count, stage.batch_size, stage.epochs, stage.steps)
-    weights = {key: source.weight for key, source in named.items()}
-    return StepBatches(
-        TrainingData(records, stage.seed, augmentation(recipe)),
-        order_for(records, weights, name, stage.seed, per_epoch * stage.batch_size),
-        batch_size=stage.batch_size, micro_batch=recipe.micro_batch, steps=steps, start=start,
-        rank=int(os.environ.get("RANK", "0")), world=world or int(os.environ.get("WORLD_SIZE", "1")),
-        grouping=recipe.length_grouping,
-    )  # fmt: skip
-
-
-def check_stage(recipe: Recipe, name: str, records: Mapping[str, Any]) -> None:
-    """Raise InputError for a stage whose losses, batches or DeepSpeed file cannot be used."""
-    loss_config(recipe.stage(name))
-    batches = stage_batches(recipe, name, records)
-    if recipe.deepspeed is not None:
-        check_deepspeed(recipe, recipe.stage(name), batches.world)
-
-
-def _check_finished(
-    recipe: Recipe, name: str, manifest: Mapping[str, Any], final: Path, intact: Sequence[str]
-) -> None:
-    """Raise CheckpointError where the recipe would make another model than the finished one."""
-    changes, named = recipe.stages[name], recipe.sources(name)
-    facts = {"stage": _plain_stage(recipe.stage(name)), "interpolate": changes.interpolate}
-    with contextlib.suppress(InputError):  # the stages before it may be gone since
-        if folders := start_folders(recipe, name, intact):
-            facts["start"] = recorded_origin(folders)
-    _check_same(manifest, facts, final)
-    made, wanted = manifest["recipe"], recipe.to_dict()
-    told = {key: (made[key], wanted[key]) for key in _SAME_RECIPE}
-    told |= {f"data.{key}": (made["data"].get(key), wanted["data"][key]) for key in named}
-    for key, (old, new) in told.items():
-        if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
-            raise CheckpointError(
-                f"{str(final)!r} was made with another {key}{_told(old, new)}. "
-                "Choose another out folder, or set it back."
-            )
 
 
 def _sharding(recipe: Recipe, world: int) -> str:
@@ -297,33 +231,6 @@ def interpolate(model: MedPLIB, start: MedPLIB, share: float) -> None:
 # -- small things --------------------------------------------------------------------------------------------
 
 
-def loss_config(stage: Stage) -> LossConfig:
-    known = {f.name for f in dataclasses.fields(LossConfig)}
-    given = {k: v for k, v in stage.loss_weights.items() if k in known}
-    unknown = set(stage.loss_weights) - known - {"balance"}
-    if unknown:
-        raise InputError(
-            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are "
-            f"{', '.join(known)}, balance."
-        )
-    return LossConfig(**{**dict.fromkeys(known, 0.0), **given})
-
-
-def augmentation(recipe: Recipe) -> Any:
-    if recipe.augment is None:
-        return None
-    try:
-        from medplib.data.transforms import Augmentation
-    except ImportError as error:
-        raise InputError(
-            "augment needs medplib.data.transforms, which this version lacks; leave it out."
-        ) from error
-    try:
-        return Augmentation(**recipe.augment)
-    except TypeError as error:
-        raise InputError(f"augment: {error}") from error
-
-
 def _validation(recipe: Recipe, given: Sequence[Record] | None) -> list[Record]:
     """The first records of the validation sources, evenly from each; always the same."""
     if not recipe.sample_steps:
@@ -336,33 +243,6 @@ def _validation(recipe: Recipe, given: Sequence[Record] | None) -> list[Record]:
         for i in range(recipe.samples) for source in opened if i < len(source)
     ]  # fmt: skip
     return rows[: recipe.samples]
-
-
-def _plain_stage(stage: Stage) -> dict[str, Any]:
-    """The stage as JSON has it: lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(stage)))
-
-
-def _check_same(manifest: Mapping[str, Any], facts: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError, naming the difference, if a folder was made by another run."""
-    plain = json.loads(json.dumps({k: v for k, v in facts.items() if k in _SAME_RUN}))
-    for key, value in plain.items():
-        if manifest.get(key) != value:
-            names = (
-                [k for k in value if manifest[key].get(k) != value[k]]
-                if isinstance(value, dict) and isinstance(manifest.get(key), dict) else []
-            )  # fmt: skip
-            which = f" ({', '.join(map(str, names))})" if names else ""
-            raise CheckpointError(
-                f"{str(folder)!r} was made with another {key}{which}{_told(manifest.get(key), value)}. "
-                "Choose another out folder, or set it back."
-            )
-
-
-def _told(old: Any, new: Any) -> str:
-    """Two short values, for an error."""
-    short = all(value is None or isinstance(value, str | int | float | bool) for value in (old, new))
-    return f" ({str(old)[:80]!r}, now {str(new)[:80]!r})" if short else ""
 
 
 def _require_accelerate() -> None:

@@ -15,21 +15,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from medplib.checkpoints import holds_official, official_config
 from medplib.configuration import MedPLIBConfig
 from medplib.data.record import TASKS
-from medplib.loading import local_folder, read_config
+from medplib.loading import read_config
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
 from medplib.processing import MedPLIBProcessor
 from medplib.stages import Stage, set_stage
-from medplib.training.batches import Collate
-from medplib.training.chain import check_stage, loss_config, stage_batches
+from medplib.training.batches import Collate, stage_batches
+from medplib.training.checks import check_run, loss_config
 from medplib.training.pictures import Tile, draw_tiles
 from medplib.training.recipe import Recipe, make_recipe
 from medplib.training.sources import open_sources
-
-_WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
+from medplib.training.starts import start_config
 
 
 @dataclass
@@ -78,23 +76,26 @@ class Page:
 
 
 def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | None = None) -> list[Page]:
-    """A Page per stage. No weights are read and nothing is written; raises what the run would raise."""
+    """A Page per stage. No weights are loaded and nothing is written.
+
+    Raises what the run would raise before it trains, and for a stage that does not fit the model.
+    """
     recipe = make_recipe(recipe)
+    _, opened = check_run(recipe, sources)
     pages, mixed = [], None  # the experts of the last stage that made a mixture
-    folder = local_folder(recipe.model, _WITHOUT_WEIGHTS)
+    folder, loaded = start_config(recipe, recipe.model)
     for name in recipe.stages:
         stage = recipe.stage(name)
         if recipe.experts(name) and recipe.before(name):
             mixed = list(recipe.experts(name))
-        config = _config(recipe, name, folder, mixed)
+        config = _config(recipe, name, loaded, mixed)
         config.losses = loss_config(stage)
         with torch.device("meta"):
             model = MedPLIB(config)
         model.processor = MedPLIBProcessor.for_model(folder, model)
         table = set_stage(model, stage)
-        records = open_sources(recipe.sources(name), sources)
-        check_stage(recipe, name, records)
-        batches = stage_batches(recipe, name, records)
+        opened |= open_sources(recipe.sources(name), opened)
+        batches = stage_batches(recipe, name, opened)
         batch = Collate(model.processor, stage.max_length)(
             [batches.data[place] for place in next(iter(batches))]
         )
@@ -105,22 +106,20 @@ def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | No
     return pages
 
 
-def _config(recipe: Recipe, name: str, folder: Path, experts: list[str] | None) -> MedPLIBConfig:
+def _config(recipe: Recipe, name: str, loaded: MedPLIBConfig, experts: list[str] | None) -> MedPLIBConfig:
     """The configuration of a stage's model: that of the finished stage before it if the recipe runs from
-    there on, else that of the recipe's model as loaded, made dense, or made a mixture of `experts`."""
+    there on, else that of the recipe's model as `loaded`, made dense, or made a mixture of `experts`."""
     if name == next(iter(recipe.stages)) and experts is None and recipe.stages[name].start is None:
         for stage in recipe.before(name)[-1:]:
             finished = Path(recipe.out).expanduser() / stage / "model"
             if finished.is_dir():
                 return read_config(finished)
-    config = (
-        official_config(folder, recipe.load.get("overrides"))
-        if holds_official(folder)
-        else read_config(folder)
-    )
+    content = loaded.to_dict()
     if experts is not None:
-        return MedPLIBConfig.from_dict({**config.to_dict(), "moe": {**recipe.moe, "experts": experts}})
-    return MedPLIBConfig.from_dict({**config.to_dict(), "moe": None}) if recipe.dense else config
+        content["moe"] = {**recipe.moe, "experts": experts}
+    elif recipe.dense:
+        content["moe"] = None
+    return MedPLIBConfig.from_dict(content)
 
 
 def estimate_memory(recipe: Recipe, stage: Stage, model: nn.Module, tokens: int, world: int = 1) -> Memory:

@@ -10,6 +10,7 @@ differs from them.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -38,8 +39,10 @@ class Source:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.weight is not None and not self.weight > 0:
-            raise InputError(f"weight must be above 0, got {self.weight}; leave the source out instead.")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise InputError(
+                f"weight must be above 0 and finite, got {self.weight}; leave the source out instead."
+            )
 
 
 @strict
@@ -324,13 +327,16 @@ def _build(cls: type, value: Any, where: str) -> Any:
 
 
 def _number(wanted: Any, value: Any, where: str) -> Any:
-    """Numbers as YAML 1.1 may leave them: 1 for 1.0, and "1e-4", which it reads as text."""
-    if wanted in (float, float | None) and type(value) in (int, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise InputError(f"{where} must be a number, got {value!r}.") from None
-    return value
+    """Finite numbers, also as YAML 1.1 may leave them: 1 for 1.0, and "1e-4", which it reads as text."""
+    if wanted not in (float, float | None) or type(value) not in (int, str, float):
+        return value
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where} must be a finite number, got {value!r:.80}.")
+    return number
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

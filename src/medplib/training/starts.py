@@ -10,16 +10,18 @@ from pathlib import Path
 
 import torch
 
+from medplib.checkpoints import holds_official, load_sam, official_config
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import InputError
 from medplib.experts.context import named_routers
 from medplib.experts.upcycle import assemble_mixture
 from medplib.language import decoder_layers
-from medplib.loading import weights_sha256
+from medplib.loading import HUB_ARGUMENTS, local_folder, read_config, weights_sha256
 from medplib.modeling import MedPLIB
 from medplib.training.recipe import Recipe
 from medplib.training.snapshots import MANIFEST, read_manifest
 
+_WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
 MASK_SIDE = ("seg_projector", "mask_decoder", "prompt_encoder")
 
 
@@ -37,8 +39,6 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
     if recipe.dense is not None and model.config.moe is not None:
         model = as_dense(model, recipe.dense)
     if recipe.mask_weights is not None:
-        from medplib.checkpoints import load_sam
-
         load_sam(model, Path(recipe.mask_weights).expanduser())
     return model, origin
 
@@ -46,8 +46,8 @@ def start_model(recipe: Recipe, name: str) -> tuple[MedPLIB, dict[str, str]]:
 def start_folders(recipe: Recipe, name: str, intact: Container[str] = ()) -> dict[str, Path]:
     """{expert or stage: its finished model} of the stages that a stage begins with; none of them: {}.
 
-    intact: stages whose files were compared with their manifests before, and are not again. Raises
-    InputError for one that is not finished, CheckpointError for one that is damaged.
+    intact: stages that are not looked at: their files were compared with their manifests before, or they are
+    trained first. Raises InputError for one that is not finished, CheckpointError for one that is damaged.
     """
     out, changes, before = Path(recipe.out).expanduser(), recipe.stages[name], recipe.before(name)
     experts = recipe.experts(name)
@@ -74,6 +74,20 @@ def start_folders(recipe: Recipe, name: str, intact: Container[str] = ()) -> dic
     return {}
 
 
+def start_config(recipe: Recipe, source: str) -> tuple[Path, MedPLIBConfig]:
+    """(folder, configuration) of a model as `load` changes it; from the Hub all but its weights is fetched.
+
+    Raises UnknownNameError, CheckpointError or InputError as loading it would.
+    """
+    hub = {k: recipe.load[k] for k in (*HUB_ARGUMENTS, "subfolder") if recipe.load.get(k) is not None}
+    folder = local_folder(source, _WITHOUT_WEIGHTS, **hub)
+    if holds_official(folder):
+        return folder, official_config(folder, recipe.load.get("overrides"))
+    if foreign := [key for key in ("overrides", "clip", "adapter") if key in recipe.load]:
+        raise InputError(f"load: {', '.join(foreign)} is for published layouts; {str(source)!r} is ours.")
+    return folder, read_config(folder)
+
+
 def recorded_origin(folders: Mapping[str, Path]) -> dict[str, str]:
     """{place: sha256 of its weights} of finished models."""
     return {place: recorded_weights(folder) for place, folder in folders.items()}
@@ -82,10 +96,11 @@ def recorded_origin(folders: Mapping[str, Path]) -> dict[str, str]:
 def _stage_model(out: Path, stage: str, intact: Container[str]) -> Path | None:
     """The finished model of a stage of this run. Raises CheckpointError for one that is damaged."""
     folder = out / stage / "model"
+    if stage in intact:
+        return folder
     if not folder.is_dir() or Path(stage).name != stage:
         return None
-    if stage not in intact:
-        read_manifest(folder)
+    read_manifest(folder)
     return folder
 
 

@@ -165,10 +165,20 @@ class StageTrainer(Trainer):
             self._not_finite("gradient", {"norm": float(norm)})
         return norm
 
-    def _not_finite(self, what: str, values: dict[str, float]) -> None:
-        save_bad_batch(
-            self.folder, self.state.global_step + 1, self._window, what, values, self.args.process_index
-        )
+    def _check_weights(self) -> None:
+        """Raise MedPLIBError, the batch saved, where a step left a weight that is not finite."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                values = parameter.detach()
+                values = values.to_local() if hasattr(values, "to_local") else values  # FSDP2: this shard
+                bad = values[~torch.isfinite(values)]
+                if len(bad):
+                    self._not_finite("weight", {name: float(bad[0])}, self.state.global_step)
+
+    def _not_finite(self, what: str, values: dict[str, float], step: int | None = None) -> None:
+        """step: by default the one that is being done."""
+        step = self.state.global_step + 1 if step is None else step
+        save_bad_batch(self.folder, step, self._window, what, values, self.args.process_index)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's numbers, with the mean of every term and task since the last line, over all processes."""
@@ -193,7 +203,8 @@ class StageTrainer(Trainer):
     # -- snapshots -----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model, trial) -> None:
-        """One complete folder, or none. Raises MedPLIBError; the snapshots before it stay."""
+        """One complete folder of finite weights, or none. Raises MedPLIBError; those before it stay."""
+        self._check_weights()
         target = step_folder(self.folder, self.state.global_step)
         staging = begin(target) if self.args.should_save else target.with_name(f".incoming-{target.name}")
         self._wait()

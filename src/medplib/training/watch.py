@@ -22,7 +22,7 @@ from medplib.experts.context import named_routers
 from medplib.experts.statistics import ModelStatistics, count_routing
 from medplib.processing import Sample
 from medplib.training.pictures import Tile, draw_tiles
-from medplib.training.snapshots import writing
+from medplib.training.snapshots import newest, writing
 
 LOG = "log.jsonl"
 
@@ -206,7 +206,11 @@ def save_bad_batch(
     values: dict[str, float],
     process: int,
 ) -> None:
-    """Write the forwards of a step as batch-<n>.safetensors and batch.json, and raise MedPLIBError."""
+    """Write the forwards of a step as batch-<n>.safetensors and batch.json, and raise MedPLIBError.
+
+    what: which number is not finite, `values` some of them by name. The error says what continues and what
+    does not: training from a snapshot comes to the same numbers, and another setting is another stage.
+    """
     place = folder / f"not-finite-step-{step:08d}-process-{process}"
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
@@ -217,9 +221,15 @@ def save_bad_batch(
                    "rows": [batch["origins"] for batch in window]}  # fmt: skip
         (place / "batch.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     shown = ", ".join(f"{k} {v}" for k, v in values.items())
+    remedy = "Then run the command again; there is no snapshot, the stage begins anew."
+    if (kept := newest(folder)) is not None:
+        remedy = (
+            f"The newest snapshot, {str(kept)!r}, continues the same settings and data only and would stop "
+            f"here again; for others first remove {str(folder)!r}, or choose another out folder."
+        )
     raise MedPLIBError(
-        f"The {what} is not finite at step {step} ({shown}). The batch is in {str(place)!r}. Look at its "
-        "rows, or lower the learning rate; the same command continues from the newest snapshot."
+        f"The {what} is not finite at step {step} ({shown}). Look at the rows of its batch in "
+        f"{str(place)!r}, or lower the learning rate. {remedy}"
     )
 
 
