@@ -183,7 +183,6 @@ def test_optional_part_may_be_missing(net):
         ({"loss_weights": {"ce": -1.0}}, "loss_weights must be"),
         ({"loss_weights": {"ce": "1"}}, "loss_weights must be"),
         ({"loss_weights": {"ce": math.inf}}, "loss_weights must be"),
-        ({"lora": {"layers": LoRA(2, math.nan, ("q_proj",))}}, "lora must be settings with a finite alpha"),
         ({"learning_rate": 0}, "learning_rate must be a finite number above 0"),
         ({"learning_rate": math.nan}, "learning_rate must be a finite number above 0, got nan"),
         ({"epochs": math.inf}, "epochs must be a finite number above 0, got inf"),
@@ -217,6 +216,7 @@ def test_misspelt_setting_fails_and_a_stage_cannot_be_changed():
     [
         ({"rank": 0}, "rank"),
         ({"alpha": 0}, "alpha"),
+        ({"alpha": math.nan}, "alpha must be a finite number above 0, got nan"),
         ({"targets": "q_proj"}, "targets"),
         ({"targets": ()}, "at least one"),
         ({"dropout": 1.0}, "dropout"),

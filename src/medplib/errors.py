@@ -1,5 +1,7 @@
 """The errors medplib raises for input it cannot use; each names the value and what would have worked."""
 
+import math
+
 
 class MedPLIBError(Exception):
     """Base of every error that medplib raises on purpose; the command line turns it into exit status 2."""
@@ -15,3 +17,8 @@ class UnknownNameError(MedPLIBError, LookupError):
 
 class CheckpointError(MedPLIBError, ValueError):
     """Weights that are missing, damaged, or do not fit the model."""
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a finite int or float, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 
 ADAPTER = "default"
 
@@ -30,8 +30,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise InputError(f"LoRA rank must be a whole number of at least 1, got {self.rank!r}.")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or self.alpha <= 0:
-            raise InputError(f"LoRA alpha must be a number above 0, got {self.alpha!r}.")
+        if not is_number(self.alpha) or self.alpha <= 0:
+            raise InputError(f"LoRA alpha must be a finite number above 0, got {self.alpha!r}.")
         if isinstance(self.targets, str) or not all(isinstance(t, str) and t for t in self.targets):
             raise InputError(f"LoRA targets must be a tuple of layer names, got {self.targets!r}.")
         object.__setattr__(self, "targets", tuple(self.targets))

@@ -11,14 +11,13 @@ from __future__ import annotations
 import bisect
 import difflib
 import itertools
-import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from medplib.errors import InputError, UnknownNameError
+from medplib.errors import InputError, UnknownNameError, is_number
 from medplib.lora import (
     LoRA,
     adapter_parameters,
@@ -46,10 +45,6 @@ __all__ = [
     "module_parts",
     "set_stage",
 ]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,20 +92,18 @@ class Stage:
         if self.lora is not None:
             if not isinstance(self.lora, Mapping) or not all(isinstance(v, LoRA) for v in self.lora.values()):
                 raise self._wrong("lora", "a dict from part names to LoRA settings")
-            if not all(_is_number(lora.alpha) for lora in self.lora.values()):
-                raise self._wrong("lora", "settings with a finite alpha")
             object.__setattr__(self, "lora", dict(self.lora) or None)
         if not self.train and not self.lora:
             raise InputError(f"Stage '{self.name}' trains nothing; name parts in train= or lora=.")
         weights = self.loss_weights
-        if not isinstance(weights, Mapping) or not all(_is_number(v) and v >= 0 for v in weights.values()):
+        if not isinstance(weights, Mapping) or not all(is_number(v) and v >= 0 for v in weights.values()):
             raise self._wrong("loss_weights", "a dict from loss names to finite numbers of at least 0")
         object.__setattr__(self, "loss_weights", {name: float(value) for name, value in weights.items()})
         for key in ("learning_rate", "epochs", "clip"):
-            if not _is_number(getattr(self, key)) or getattr(self, key) <= 0:
+            if not is_number(getattr(self, key)) or getattr(self, key) <= 0:
                 raise self._wrong(key, "a finite number above 0")
         for key in ("weight_decay", "warmup"):
-            if not _is_number(getattr(self, key)) or getattr(self, key) < 0:
+            if not is_number(getattr(self, key)) or getattr(self, key) < 0:
                 raise self._wrong(key, "a finite number of at least 0")
         for key, least in (("batch_size", 1), ("max_length", 1), ("seed", 0), ("steps", 1)):
             value = getattr(self, key)
@@ -119,7 +112,7 @@ class Stage:
             ):
                 raise self._wrong(key, f"a whole number of at least {least}")
         betas = tuple(self.betas)
-        if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
             raise self._wrong("betas", "two numbers from 0 up to 1")
         object.__setattr__(self, "betas", betas)
         for key, known in (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 from medplib.experts.bias import LoadBias
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.selection import NOISE_SCALES, check_selection, in_best_groups, perturb, spread
@@ -164,11 +164,6 @@ def check_gate(num_experts: int, top_k: int) -> None:
         raise InputError(f"num_experts must be a whole number of at least 1, got {num_experts!r}.")
     if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise InputError(f"top_k must be between 1 and {num_experts} (the number of experts), got {top_k!r}.")
-
-
-def is_number(value: object) -> bool:
-    """Whether this is a finite int or float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def gate_weight(dim: int, num_experts: int) -> nn.Parameter:

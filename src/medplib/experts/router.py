@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 from medplib.experts.capacity import DROPS, limit
 from medplib.experts.checks import build_gate, check_routing, expert_names
 from medplib.experts.context import (
@@ -36,7 +36,7 @@ from medplib.experts.context import (
 )
 from medplib.experts.dispatch import is_captured, mix
 from medplib.experts.force import force_expert
-from medplib.experts.gate import Routing, TopKGate, is_number
+from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.packing import Packed, pack_experts
 from medplib.registry import EXPERTS
