@@ -36,7 +36,20 @@ def _needs_gpu(w: Weights) -> None:
         raise Absent("needs a GPU")
 
 
-class Sorted(Gated):
+class KernelPeer(Gated):
+    """One that needs the module called `package`, kept as `_library`, and a GPU unless it says otherwise."""
+
+    package: str
+    needs_gpu = True
+
+    def __init__(self, w: Weights) -> None:
+        if self.needs_gpu:
+            _needs_gpu(w)
+        super().__init__(w)
+        self._library = importlib.import_module(self.package)
+
+
+class Sorted(KernelPeer):
     """Rows sorted, gathered, weighed and added up by plain PyTorch; `product` is the package's own.
 
     Weights are kept as the packages take them: gate_up (E, 2H, D), down (E, D, H).
@@ -59,31 +72,21 @@ class Sorted(Gated):
 class TritonGrouped(Sorted):
     """grouped-mm-bf16: F.grouped_mm's contract in Triton."""
 
-    def __init__(self, w: Weights) -> None:
-        _needs_gpu(w)
-        super().__init__(w)
-        from grouped_mm_bf16 import grouped_mm
-
-        self._grouped_mm = grouped_mm
+    package = "grouped_mm_bf16"
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        return self._grouped_mm(rows, weights.transpose(1, 2), offs=ends)
+        return self._library.grouped_mm(rows, weights.transpose(1, 2), offs=ends)
 
 
 class DeepGemm(Sorted):
     """sgl-deep-gemm: bf16 grouped product on rows padded, per expert, to its alignment. Forward only."""
 
-    def __init__(self, w: Weights) -> None:
-        _needs_gpu(w)
-        super().__init__(w)
-        import deep_gemm
-
-        self._library, self._alignment = deep_gemm, deep_gemm.get_mk_alignment_for_contiguous_layout()
+    package = "deep_gemm"
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         if self.training:
             raise Absent("it has no backward")
-        place, owner = padded_places(ends, len(rows), self._alignment)
+        place, owner = padded_places(ends, len(rows), self._library.get_mk_alignment_for_contiguous_layout())
         padded = rows.new_zeros(len(owner), rows.shape[1]).index_copy(0, place, rows)
         out = rows.new_empty(len(owner), weights.shape[1])
         self._library.m_grouped_bf16_gemm_nt_contiguous(padded, weights.detach(), out, owner)
@@ -103,29 +106,20 @@ def padded_places(ends: Tensor, rows: int, alignment: int) -> tuple[Tensor, Tens
     return place, owner.index_copy(0, place, expert.to(torch.int32))
 
 
-class Liger(Gated):
+class Liger(KernelPeer):
     """Liger's fused mixture: gather, product and SwiGLU in one Triton kernel."""
 
-    def __init__(self, w: Weights) -> None:
-        _needs_gpu(w)
-        super().__init__(w)
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-        self._function = LigerFusedMoEFunction
+    package = "liger_kernel.ops.fused_moe"
 
     def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        return self._function.apply(x, self.gate_up, self.down, experts.to(torch.int32), weights.to(x.dtype))
+        function = self._library.LigerFusedMoEFunction
+        return function.apply(x, self.gate_up, self.down, experts.to(torch.int32), weights.to(x.dtype))
 
 
-class MoEOps(Gated):
+class MoEOps(KernelPeer):
     """moe-ops: permute by counting sort, grouped products and unpermute, all in Triton."""
 
-    def __init__(self, w: Weights) -> None:
-        _needs_gpu(w)
-        super().__init__(w)
-        import moe_ops
-
-        self._library = moe_ops
+    package = "moe_ops"
 
     def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         num_tokens, k = experts.shape
@@ -171,25 +165,21 @@ def _scattermoe():
     return importlib.import_module(f"{name}.kernels.ops")
 
 
-class Megatron(Gated):
+class Megatron(KernelPeer):
     """Megatron Core's permute and unpermute without TransformerEngine, around F.grouped_mm (a loop on the
     CPU)."""
 
-    def __init__(self, w: Weights) -> None:
-        super().__init__(w)
-        from megatron.core.transformer.moe import moe_utils
-
-        self._utils = moe_utils
+    package, needs_gpu = "megatron.core.transformer.moe.moe_utils", False
 
     def mix(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         shape = (len(x), len(self.down))
         chosen = torch.zeros(shape, dtype=torch.bool, device=x.device).scatter(1, experts, True)
         shares = torch.zeros(shape, device=x.device).scatter(1, experts, weights)
-        rows, _, order = self._utils.permute(x, chosen)
+        rows, _, order = self._library.permute(x, chosen)
         ends = chosen.sum(0).cumsum(0).to(torch.int32)
         hidden = _swiglu(self.product(rows, self.gate_up, ends))
         answers = self.product(hidden, self.down, ends)
-        return self._utils.unpermute(answers, order, x.shape, probs=shares.to(x.dtype), routing_map=chosen)
+        return self._library.unpermute(answers, order, x.shape, probs=shares.to(x.dtype), routing_map=chosen)
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """rows (n, D) by expert, weights (E, H, D), ends (E,) -> (n, H)."""

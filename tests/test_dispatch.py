@@ -12,6 +12,7 @@ from medplib.experts import (
     context,
     count_routing,
     dispatch,
+    grouped,
     record_routing,
     routing_mask,
 )
@@ -294,6 +295,19 @@ def test_adapters_that_are_more_than_low_rank_are_called_and_not_bypassed():
     assert group_experts(x, router.experts, None) is None
     layer.merge()  # then they are not called
     assert group_experts(x, router.experts, None) is not None
+
+
+@pytest.mark.parametrize("kind", [*GROUPED, "SwiGLU", "SwiGLU, packed"])
+def test_tables_as_a_gpu_takes_them_give_what_the_experts_give(kind):
+    router, x = experts_of(kind).to(torch.bfloat16), torch.randn(40, 16).to(torch.bfloat16)
+    experts, weights = torch.randint(0, 4, (40, 2)), torch.rand(40, 2)  # 3 is nobody
+    views = router.packed_weights()
+    assert (views is not None) == ("packed" in kind)
+    tables = grouped._tables(grouped._layers(router.experts), views, torch.bfloat16)
+    assert isinstance(tables, grouped.PlainSwiGLU) == (kind in ("SwiGLU", "SwiGLU, packed"))
+    out = dispatch._mix_tables(x, experts, weights, tables, 3)
+    wanted = slow(x, experts, weights, router.experts)
+    assert (out.float() - wanted).norm() <= 2e-2 * wanted.norm()
 
 
 class Namesake(SwiGLU):

@@ -1,4 +1,4 @@
-"""What MoERouter checks: the names of its experts, the mask, what a gate and an expert return.
+"""What MoERouter checks: its settings, the names of its experts, what a gate and an expert return.
 
 T tokens, D width, E experts, K experts per token, R rows given to an expert.
 """
@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
+from medplib.experts.capacity import DROPS
 from medplib.experts.gate import Routing
 from medplib.registry import GATES
 
@@ -40,6 +41,42 @@ def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tupl
         if len({id(module) for module in experts.values()}) < len(names):
             raise InputError("Two experts are the same module; give each its own copy (copy.deepcopy).")
     return names
+
+
+def check_coefficients(**coefficients: float) -> None:
+    """Raise InputError for a loss's coefficient that is no finite number of at least 0."""
+    for name, value in coefficients.items():
+        if not is_number(value) or value < 0:
+            raise InputError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def check_capacity(
+    capacity_factor: float | None, eval_capacity_factor: float | None, min_capacity: int, drop: str
+) -> None:
+    """Refuse what cannot be a capacity."""
+    for name, value in (
+        ("capacity_factor", capacity_factor),
+        ("eval_capacity_factor", eval_capacity_factor),
+    ):
+        if value is not None and not (is_number(value) and value > 0):
+            raise InputError(f"{name} must be a finite number above 0, or None to serve all; got {value!r}.")
+    if isinstance(min_capacity, bool) or not isinstance(min_capacity, int) or min_capacity < 0:
+        raise InputError(f"min_capacity must be a whole number of at least 0, got {min_capacity!r}.")
+    if drop not in DROPS:
+        raise InputError(f"drop must be one of {', '.join(DROPS)}; got {drop!r}.")
+
+
+def check_parity(parity: str, gate: str | nn.Module, drop: str) -> None:
+    """Refuse an unknown implementation, and another gate or way to drop beside it."""
+    if parity != "deepspeed":
+        raise InputError(f"parity must be 'deepspeed' or None, got {parity!r}.")
+    if gate != "topk":
+        raise InputError("parity='deepspeed' brings its own gate; leave `gate` out.")
+    if drop != "position":
+        raise InputError(
+            f"parity='deepspeed' drops as published; leave drop={drop!r} out. Its random selection is on; "
+            f"gate_args={{'use_rts': False}} turns it off."
+        )
 
 
 def build_gate(name: str, dim: int, num_experts: int, settings: Mapping[str, Any]) -> nn.Module:

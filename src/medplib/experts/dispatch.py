@@ -139,7 +139,7 @@ def _mix_few(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[
             members[expert].append(assignment)
     called = [(name, part) for name, part in zip(modules, members, strict=True) if part]
     if not called:
-        return torch.zeros_like(tokens)
+        return tokens.new_zeros(tokens.shape, dtype=product_type(tokens))
     if len(called) == 1 and k == 1 and len(called[0][1]) == num_tokens:  # all tokens, in their order
         name = called[0][0]
         answer = run_expert(modules[name], tokens, name)  # (T, D)
@@ -164,7 +164,7 @@ def _mix_few(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[
 def _mix_tables(
     tokens: Tensor, experts: Tensor, weights: Tensor, grouped: PlainSwiGLU | Layered, num_experts: int
 ) -> Tensor:
-    """The same streamed or with grouped products; nothing is read on the host."""
+    """The same streamed or with grouped products; on CUDA nothing is read on the host."""
     if isinstance(grouped, PlainSwiGLU) and not torch.is_grad_enabled() and experts.numel() <= STREAMED:
         return ops.decode_ffn(tokens, experts, weights, grouped.gate_up, grouped.down)
     plan = ops.plan(experts, num_experts)

@@ -119,17 +119,23 @@ def group_experts(
     if not all(_takes(tokens, kind, one) for one in parts):
         return None
     if not tokens.is_cuda:
-        return _layered(layers, None, kind)
+        return _layered(layers, None, kind, stacked=False)
     trained = torch.is_grad_enabled() and any(one.weight.requires_grad for one in parts)
     kept = packed is not None and not trained and not torch.compiler.is_exporting()
-    views = packed() if kept else None
+    return _tables(layers, packed() if kept else None, kind)
+
+
+def _tables(
+    layers: Mapping[str, list[_Linear]], views: dict[str, Tensor] | None, kind: torch.dtype
+) -> PlainSwiGLU | Layered:
+    """The experts as a GPU's grouped product wants them: packed (`views`), or copied side by side."""
     if not _are_plain_swiglu(layers):
-        return _layered(layers, views, kind)
+        return _layered(layers, views, kind, stacked=True)
     if views is not None:
         return PlainSwiGLU(views["gate_up_proj.weight"].to(kind), views["down_proj.weight"].to(kind))
     pairs = zip(layers["gate_proj"], layers["up_proj"], strict=True)
     gate_up = torch.stack([torch.cat([gate.weight.to(kind), up.weight.to(kind)]) for gate, up in pairs])
-    return PlainSwiGLU(gate_up, _table([one.weight.to(kind) for one in layers["down_proj"]], True))
+    return PlainSwiGLU(gate_up, torch.stack([one.weight.to(kind) for one in layers["down_proj"]]))
 
 
 def _are_plain_swiglu(layers: Mapping[str, list[_Linear]]) -> bool:
@@ -144,14 +150,16 @@ def _alike(row: list[_Linear]) -> bool:
 
 
 def _layered(
-    layers: Mapping[str, list[_Linear]], views: dict[str, Tensor] | None, kind: torch.dtype
+    layers: Mapping[str, list[_Linear]], views: dict[str, Tensor] | None, kind: torch.dtype, stacked: bool
 ) -> Layered:
-    found = {name: _layer(name, row, views, kind) for name, row in layers.items()}
+    found = {name: _layer(name, row, views, kind, stacked) for name, row in layers.items()}
     return Layered(found.get("gate_proj"), found["up_proj"], found["down_proj"])
 
 
-def _layer(name: str, row: list[_Linear], views: dict[str, Tensor] | None, kind: torch.dtype) -> Layer:
-    stacked, bias = row[0].weight.is_cuda, None
+def _layer(
+    name: str, row: list[_Linear], views: dict[str, Tensor] | None, kind: torch.dtype, stacked: bool
+) -> Layer:
+    bias = None
     if views is None:
         weight = _table([one.weight.to(kind) for one in row], stacked)
     else:

@@ -33,8 +33,8 @@ _PARTNER = {"gate_proj": "up_proj"}  # of equal shape, these become one matrix, 
 class Packed:
     """The packed tensors of a router's experts, and the parameters that lie in them.
 
-    `weights` looks whether they still do. Compiled code looks when it is compiled: weights that are moved
-    afterwards (`parameter.data = ...`), and no others, need a recompilation on a GPU.
+    `weights` looks whether they still do. Compiled code looks once, when it is compiled: on a GPU it must be
+    compiled anew after weights were moved (`parameter.data = ...`).
     """
 
     def __init__(self, router: MoERouter, views: dict[str, Tensor]) -> None:

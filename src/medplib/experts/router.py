@@ -21,9 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError, is_number
-from medplib.experts.capacity import DROPS, limit
-from medplib.experts.checks import build_gate, check_routing, expert_names
+from medplib.errors import InputError
+from medplib.experts.capacity import limit
+from medplib.experts.checks import (
+    build_gate,
+    check_capacity,
+    check_coefficients,
+    check_parity,
+    check_routing,
+    expert_names,
+)
 from medplib.experts.context import (
     Choice,
     Padding,
@@ -100,18 +107,16 @@ class MoERouter(nn.Module):
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
             raise InputError(f"dim must be a whole number of at least 1, got {dim!r}.")
-        _check_capacity(capacity_factor, eval_capacity_factor, min_capacity, drop)
-        for name, value in (
-            ("balance_loss_coef", balance_loss_coef),
-            ("sequence_loss_coef", sequence_loss_coef),
-            ("z_loss_coef", z_loss_coef),
-        ):
-            if not is_number(value) or value < 0:
-                raise InputError(f"{name} must be a finite number of at least 0, got {value!r}.")
+        check_capacity(capacity_factor, eval_capacity_factor, min_capacity, drop)
+        check_coefficients(
+            balance_loss_coef=balance_loss_coef,
+            sequence_loss_coef=sequence_loss_coef,
+            z_loss_coef=z_loss_coef,
+        )
         names = expert_names(experts)
         gate_args = dict(gate_args or {})
         if parity is not None:
-            _check_parity(parity, gate, drop)
+            check_parity(parity, gate, drop)
             gate = "deepspeed"
             gate_args = {
                 "capacity_factor": capacity_factor,
@@ -370,32 +375,3 @@ class MoERouter(nn.Module):
     def extra_repr(self) -> str:
         parity = "" if self.parity is None else f", parity={self.parity!r}"
         return f"{self.dim}, capacity_factor={self.capacity_factor}{parity}"
-
-
-def _check_capacity(
-    capacity_factor: float | None, eval_capacity_factor: float | None, min_capacity: int, drop: str
-) -> None:
-    """Refuse what cannot be a capacity."""
-    for name, value in (
-        ("capacity_factor", capacity_factor),
-        ("eval_capacity_factor", eval_capacity_factor),
-    ):
-        if value is not None and not (is_number(value) and value > 0):
-            raise InputError(f"{name} must be a finite number above 0, or None to serve all; got {value!r}.")
-    if isinstance(min_capacity, bool) or not isinstance(min_capacity, int) or min_capacity < 0:
-        raise InputError(f"min_capacity must be a whole number of at least 0, got {min_capacity!r}.")
-    if drop not in DROPS:
-        raise InputError(f"drop must be one of {', '.join(DROPS)}; got {drop!r}.")
-
-
-def _check_parity(parity: str, gate: str | nn.Module, drop: str) -> None:
-    """Refuse an unknown implementation, and another gate or way to drop beside it."""
-    if parity != "deepspeed":
-        raise InputError(f"parity must be 'deepspeed' or None, got {parity!r}.")
-    if gate != "topk":
-        raise InputError("parity='deepspeed' brings its own gate; leave `gate` out.")
-    if drop != "position":
-        raise InputError(
-            f"parity='deepspeed' drops as published; leave drop={drop!r} out. Its random selection is on; "
-            f"gate_args={{'use_rts': False}} turns it off."
-        )
