@@ -46,7 +46,7 @@ def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name):
         (changed(stages={"vqa": {"epochs": math.inf}}), r"vqa\.epochs must be a finite number, got inf"),
         (changed(stages={"vqa": {"learning_rate": -1.0}}), r"learning_rate must be a finite number above 0"),
         (changed(stages={"mine": {}}), r"stages\.mine is no published stage"),
-        (changed(stages={"vqa": {"data": ["sme"]}}), r"Got 'sme'. Did you mean 'some'"),
+        (changed(stages={"vqa": {"data": ["sme"]}}), r"'sme', a source that data lacks. Did you mean 'some'"),
         (changed(stages={"vqa": {"lora": {"language_model": {"rnk": 2}}}}), r"lora\.language_model\.rnk"),
         (changed(stages={}), r"stages is empty"),
         (changed(data={"some": {"path": "x"}}), r"data\.some needs reader"),

@@ -335,14 +335,22 @@ def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, work
 @pytest.mark.parametrize(
     ("augment", "message"),
     [
-        ({"chance": "x"}, r"augment\.chance must be of type float, got 'x'"),
-        ({"tries": 2.5}, r"augment\.tries must be of type int, got 2\.5"),
-        ({"chanse": 1}, r"augment has no argument 'chanse'\. Known: chance, keep"),
+        ({"chance": "x"}, r"augment: chance must be a number, got 'x'"),
+        ({"tries": 2.5}, r"augment: tries must be a whole number, got 2\.5"),
+        ({"chanse": 1}, r"augment has no option 'chanse'\. Known: chance, keep"),
         ({"chance": 3}, "chance must be between 0 and 1, got 3"),
+        ({"transform": "RandomRotation"}, r"transform must be a table such as .*, got 'RandomRotation'"),
+        ({"transform": {"RandomRotatio": {}}}, r"v2 has no 'RandomRotatio'\. Did you mean 'RandomRotation'"),
+        (
+            {"transform": {"RandomRotation": {}}},
+            r"augment\.transform\.RandomRotation cannot be made: .*degrees",
+        ),
+        ({"transform": {"RandomRotation": 10}}, r"RandomRotation must be a mapping of arguments, got 10"),
+        ({"transform": {"ColorJitter": None}, "intensity": False}, "leave out what changes colours"),
     ],
 )
 def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augment, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(MedPLIBError, match=message):
         augmentation(recipe("model", tmp_path, augment=augment))
 
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from medplib.configuration import MedPLIBConfig
+from medplib.data import read
 from medplib.modeling import MedPLIB
 from medplib.stages import STAGES, set_stage
+from medplib.training import train
 from medplib.training.dry_run import estimate_memory
 from medplib.training.recipe import load_recipe
 
@@ -43,6 +46,14 @@ def test_the_python_of_the_page_runs(my_data, capsys):
         )
     assert "{1: 20.7, 4: 5.2, 8: 2.6}" in capsys.readouterr().out
     assert Path("runs/lesion/mixture/model/model.safetensors").is_file()
+
+
+def test_the_yaml_of_the_page_trains(my_data):
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    changes = {"out": "runs/augmented", "stages.mixture.steps": 1, "stages.mixture.batch_size": 4}
+    mine = read("folder", "my_data", split=None)
+    (stage,) = train(load_recipe("lora", changes | yaml.safe_load(block)), sources={"mine": mine})
+    assert (stage.folder / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["grounding", "mixture"])

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from medplib.data import Augmentation, load_mini, make_phantom
-from medplib.data.augment import Move, draw_move, source_positions
+from medplib.data.augment import Move, draw_move, resample, source_positions
 from medplib.data.samples import keyed_rng
 from medplib.data.transforms import _Targets
 from medplib.errors import InputError
 from medplib.processing import Sample
 from medplib.prompts.types import Box, Mask, Point
+from medplib.training.batches import augmentation
+from medplib.training.recipe import make_recipe
 
 SIZE = (90, 120)
 TURNS = [("What is in <region>?", "A thing."), ("Segment it.", "Here: <SEG>.")]
@@ -94,7 +97,8 @@ def test_moves_agree_with_torchvision():
     move = Move(matrix, -matrix @ shift)
     x, y = source_positions(move, *SIZE)
     targets = _Targets([Point(60, 40), Box(45, 25, 80, 60)], mask[None])
-    image, ours = targets.moved(picture(mask), move, x, y, "black")
+    image, regions = resample(picture(mask), mask[None], move, "black")
+    ours = targets.moved(regions, x, y)
 
     affine = partial(functional.affine, angle=angle, translate=list(shift), scale=zoom, shear=[0.0, 0.0])
     masks = affine(tv_tensors.Mask(mask[None]), interpolation=InterpolationMode.NEAREST)
@@ -246,7 +250,9 @@ def test_an_image_nothing_points_at_is_not_cropped_away():
     moves = [draw_move(keyed_rng(i), SIZE, False) for i in range(200)]
     none = _Targets([], np.zeros((0, *SIZE), bool))
     shares = [
-        abs(np.linalg.det(m.matrix)) for m in moves if none.stay(m, *source_positions(m, *SIZE), 0.5, 0.75)
+        abs(np.linalg.det(m.matrix))
+        for m in moves
+        if none.stay(m.matrix, *source_positions(m, *SIZE), 0.5, 0.75)
     ]
     assert len(shares) > 50
     assert min(shares) > 0.7  # the part of the image that is still to be seen
@@ -321,3 +327,161 @@ def test_drawn_images_of_every_kind_pass():
 def test_unusable_input_is_named(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+# -- transforms of torchvision -------------------------------------------------------------------------------
+
+TURNED = v2.RandomAffine((12, 12), translate=(0.1, 0.1), scale=(1.15, 1.15))
+
+
+def test_a_torchvision_transform_moves_all_as_torchvision_does():
+    """Image and mask to the pixel; boxes and points as v2 moves its own, up to a pixel."""
+    mask, size = rectangle(45, 25, 80, 60), (90, 120)
+    sample = Sample(
+        [picture(mask)],
+        [("<region> <region> <region>", "<SEG>")],
+        [Point(60, 40), Box(45, 25, 80, 60), Mask(mask)],
+        masks=[mask],
+    )
+    still = v2.Compose([v2.RandomAffine((12, 12), scale=(1.15, 1.15)), v2.ToDtype(torch.float32, scale=True)])
+    new = Augmentation(transform=still)(sample, seed=0, epoch=0, index=0)
+    image, masks, boxes, points = still(
+        tv_tensors.Image(picture(mask).transpose(2, 0, 1).copy()),
+        tv_tensors.Mask(mask[None]),
+        tv_tensors.BoundingBoxes([[45.0, 25, 80, 60]], format="XYXY", canvas_size=size),
+        tv_tensors.KeyPoints([[60.5, 40.5]], canvas_size=size),
+    )
+    np.testing.assert_array_equal(new.masks[0], masks[0].numpy())
+    np.testing.assert_array_equal(new.prompts[2].mask, new.masks[0])
+    np.testing.assert_array_equal(new.images[0], (image * 255).round().byte().permute(1, 2, 0).numpy())
+    point, box = new.prompts[:2]
+    np.testing.assert_allclose((point.x, point.y), points[0].numpy(), atol=1)
+    np.testing.assert_allclose((box.x0, box.y0, box.x1, box.y1), boxes[0].numpy(), atol=1.5)
+
+
+def test_a_torchvision_transform_is_decided_by_the_key_alone():
+    mask = rectangle(40, 30, 75, 60)
+    draw = Augmentation(transform=v2.Compose([TURNED, v2.ElasticTransform(20.0), v2.ColorJitter(0.3)]))
+    before = torch.get_rng_state()
+    first = draw(sample_of(mask, Box(40, 30, 75, 60)), seed=1, epoch=0, index=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert same(first, draw(sample_of(mask, Box(40, 30, 75, 60)), seed=1, epoch=0, index=3))
+    for other in ({"seed": 2}, {"epoch": 1}, {"index": 4}):
+        key = {"seed": 1, "epoch": 0, "index": 3} | other
+        assert not same(first, draw(sample_of(mask, Box(40, 30, 75, 60)), **key))
+
+
+@pytest.mark.parametrize(
+    ("transform", "hands"),
+    [
+        (v2.RandomHorizontalFlip(0.5), {-1, 1}),
+        (v2.RandomVerticalFlip(0.5), {-1, 1}),
+        (v2.RandomRotation(180), {1}),
+    ],
+)
+def test_sides_are_kept_from_a_torchvision_transform(transform, hands):
+    """Slides may be mirrored and turned; a CT, or what is called left, comes back as it was."""
+    size = (100, 100)
+    masks = [rectangle(*box, size) for box in ((20, 45, 30, 55), (45, 20, 55, 30), (70, 45, 80, 55))]
+    masks = masks if handedness(masks) > 0 else masks[::-1]
+    sample = Sample([picture(sum(masks) > 0)], [("Segment them.", "<SEG>" * 3)], masks=masks)
+    draw = Augmentation(transform=transform, tries=3, keep=0.9)
+
+    def seen(**about):
+        made = [draw(sample, seed=0, epoch=0, index=i, **about) for i in range(20)]
+        turned = [np.argwhere(m.masks[1]).mean(0) - np.argwhere(m.masks[0]).mean(0) for m in made]
+        upright = np.argwhere(masks[1]).mean(0) - np.argwhere(masks[0]).mean(0)
+        cosines = [t @ upright / np.linalg.norm(t) / np.linalg.norm(upright) for t in turned]
+        return {handedness(m.masks) for m in made}, min(cosines)
+
+    found, lowest = seen(modality="microscopy")
+    assert found == hands
+    assert lowest < 0.1
+    for about in ({"modality": "CT"}, {"modality": "microscopy", "labels": ["left cell"]}, {}):
+        found, lowest = seen(**about)
+        assert found == {1}
+        assert lowest > 0.65  # within 45 degrees, and what rounding adds
+
+
+def test_texts_about_places_leave_only_the_colours_to_a_torchvision_transform():
+    mask = rectangle(30, 20, 60, 50)
+    sample = sample_of(
+        mask, Box(30, 20, 60, 50), [("And <region>?", "In the upper third."), ("It.", "<SEG>")]
+    )
+    coloured = Augmentation(transform=v2.ColorJitter((1.4, 1.4)))(sample, seed=0, epoch=0, index=0)
+    assert coloured.images[0].mean() > picture(mask).mean() * 1.2
+    np.testing.assert_array_equal(coloured.masks[0], mask)
+    for transform in (TURNED, v2.CenterCrop(80)):
+        moved = Augmentation(transform=transform)(sample, seed=0, epoch=0, index=0)
+        assert same(moved, sample)
+        assert same(
+            Augmentation(transform=transform, geometry=False)(sample, seed=0, epoch=0, index=0), sample
+        )
+
+
+def test_a_torchvision_transform_may_change_the_size():
+    mask = rectangle(40, 30, 61, 51)
+    for transform, size in (
+        (v2.Resize((40, 50)), (40, 50)),
+        (v2.RandomResizedCrop((200, 260), (0.6, 1)), (200, 260)),
+    ):
+        sample = Sample(
+            [picture(mask)],
+            [("<region> <region>", "<SEG>")],
+            [Point(50, 40), Box(40, 30, 61, 51)],
+            masks=[mask],
+        )
+        new = Augmentation(transform=transform, keep=0.9)(sample, seed=0, epoch=0, index=1)
+        assert new.images[0].shape == (*size, 3)
+        point, box = new.prompts
+        rows, columns = np.nonzero(new.masks[0])
+        assert (box.x0, box.y1) == (columns.min(), rows.max() + 1)
+        assert abs(point.x - columns.mean() - 0.5) < 3
+        assert abs(point.y - rows.mean() - 0.5) < 3
+        bright = (
+            new.images[0][..., 0] > 140
+        )  # torchvision takes the nearest pixel of a mask from the upper left
+        assert (bright & new.masks[0]).sum() / (bright | new.masks[0]).sum() > 0.75
+
+
+def test_a_torchvision_transform_that_loses_what_is_asked_for_is_drawn_again():
+    mask, corner = rectangle(2, 2, 12, 12), Point(5, 5)
+    draw = Augmentation(transform=v2.RandomCrop(70), tries=200)
+    for index in range(10):
+        new = draw(sample_of(mask, corner), seed=0, epoch=0, index=index)
+        assert new.masks[0].sum() >= 50
+        new.prompts[0].check(new.images[0].shape[:2])
+    gone = Augmentation(transform=v2.RandomAffine(0, translate=(0, 0), scale=(9, 9)), tries=2)
+    assert same(gone(sample_of(mask, corner), seed=0, epoch=0, index=0), sample_of(mask, corner))
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.1] * 3)]),
+            "leave Normalize",
+        ),
+        (v2.ToDtype(torch.int32), "got torch.int32; end with ToDtype"),
+        (v2.RandomCrop(500), "failed on an image of 90x120"),
+        (v2.Lambda(lambda image: image[:, :9], tv_tensors.Image), "they must agree"),
+        (v2.Lambda(lambda image: image[:2], tv_tensors.Image), r"must give an image \(1 or 3, h, w\)"),
+    ],
+)
+def test_a_torchvision_transform_that_cannot_be_used_is_named(transform, message):
+    with pytest.raises(InputError, match=message):
+        Augmentation(transform=transform)(
+            sample_of(rectangle(9, 9, 30, 30), Point(9, 9)), seed=0, epoch=0, index=0
+        )
+
+
+def test_a_recipe_names_its_torchvision_transforms(tmp_path):
+    recipe = make_recipe(
+        {"out": str(tmp_path), "model": "medplib-tiny", "data": {}, "stages": {"vqa": {"data": []}},
+         "augment": {"transform": {"RandomRotation": {"degrees": [9, 9]}, "Grayscale": None}}}
+    )  # fmt: skip
+    mask = rectangle(40, 30, 75, 60)
+    new = augmentation(recipe)(sample_of(mask, Box(40, 30, 75, 60)), seed=0, epoch=0, index=0)
+    want = v2.RandomRotation((9, 9))(tv_tensors.Mask(mask[None]))[0].numpy()
+    np.testing.assert_array_equal(new.masks[0], want)

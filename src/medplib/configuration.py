@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: with it the type checks of @strict fall silent.
 
-import difflib
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -12,7 +11,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
-from medplib.errors import InputError, MedPLIBError
+from medplib.errors import InputError, MedPLIBError, UnknownNameError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -258,9 +257,7 @@ class MedPLIBConfig(PreTrainedConfig):
             if key.startswith("_") or key in _TRANSFORMERS_KEYS:
                 _check_plain(key, value)
                 continue
-            close = difflib.get_close_matches(key, own, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise InputError(f"MedPLIBConfig has no setting '{key}'.{hint} Known: {', '.join(own)}.")
+            raise InputError(str(UnknownNameError.among(f"MedPLIBConfig has no setting '{key}'.", key, own)))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

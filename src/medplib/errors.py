@@ -1,6 +1,10 @@
 """The errors medplib raises for input it cannot use; each names the value and what would have worked."""
 
+from __future__ import annotations
+
+import difflib
 import math
+from collections.abc import Iterable
 
 
 class MedPLIBError(Exception):
@@ -13,6 +17,14 @@ class InputError(MedPLIBError, ValueError):
 
 class UnknownNameError(MedPLIBError, LookupError):
     """A name that is in no registry, folder or table; the message lists close matches."""
+
+    @classmethod
+    def among(cls, message: str, name: str, known: Iterable[object]) -> UnknownNameError:
+        """The error that says `message`, the known name closest to `name`, and all that are known."""
+        names = [str(k) for k in known]
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        return cls(f"{message}{hint} Known: {', '.join(names) or 'none'}.")
 
 
 class CheckpointError(MedPLIBError, ValueError):

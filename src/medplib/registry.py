@@ -13,7 +13,6 @@ An installed package adds names through the entry point group `medplib.plugins`;
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import threading
@@ -124,12 +123,7 @@ class Registry:
             )
 
     def _unknown(self, name: str) -> str:
-        known = self.names()
-        close = difflib.get_close_matches(name, known, n=1)
-        message = f"No {self.kind} named '{name}'."
-        if close:
-            message += f" Did you mean '{close[0]}'?"
-        message += f" Known: {', '.join(known) or 'none'}."
+        message = str(UnknownNameError.among(f"No {self.kind} named '{name}'.", name, self.names()))
         for plugin, problem in _plugins_failed.items():
             message += f" The plugin {plugin} could not be loaded ({problem})."
         return message

@@ -9,7 +9,6 @@ Works on any module, in particular any that holds MoERouters; see `medplib.parts
 from __future__ import annotations
 
 import bisect
-import difflib
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -290,7 +289,7 @@ def _by_name(stage: Stage | str) -> Stage:
     if isinstance(stage, Stage):
         return stage
     if stage not in STAGES:
-        raise _unknown(f"No stage named {stage!r}.", str(stage), list(STAGES))
+        raise UnknownNameError.among(f"No stage named {stage!r}.", str(stage), list(STAGES))
     return STAGES[stage]
 
 
@@ -302,7 +301,7 @@ def _present(parts: Mapping[str, list[nn.Module]], names: Iterable[str], stage: 
         if plain in parts:
             found.append(plain)
         elif plain == name:
-            raise _unknown(
+            raise UnknownNameError.among(
                 f"Stage '{stage}' names the part '{name}', which this model lacks.", name, list(parts)
             )
     return found
@@ -345,9 +344,3 @@ def _check_opened(
     for name in wanted:
         if any(id(parameter) in opened for parameter in model.get_submodule(name).parameters()):
             raise InputError(f"Stage '{stage.name}' trains {name} in full and with LoRA; choose one.")
-
-
-def _unknown(message: str, name: str, known: list[str]) -> UnknownNameError:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return UnknownNameError(f"{message}{hint} Known: {', '.join(known) or 'none'}.")

@@ -1,16 +1,16 @@
 """Augmentation: a training sample moved as a whole (image, masks, boxes, points), decided by a key.
 
-The mechanism is `augment.py`'s Move, the same that trained the tiny model. torchvision's v2 transforms were
-the other candidate; they draw from PyTorch's global generator alone, their elastic transform moves boxes and
-points by an approximate inverse only, and they know one border for all modalities. The tests hold our points,
-boxes and masks against v2's. Letters: H height, W width of one image.
+Where pixels go is drawn by `augment.py`'s Move, the same that trained the tiny model, which knows the border
+of each modality, or by any transform of torchvision.transforms.v2 (`tv_transforms.py`). Either says of each
+output pixel where it came from, and prompts and masks follow that. The tests hold both against v2's own
+boxes, points and masks. Letters: H height, W width of one image; h, w of what a transform made of it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,6 @@ import numpy as np
 from medplib.data.augment import (
     COLOUR,
     OUTSIDE,
-    Move,
     change_intensity,
     draw_move,
     may_flip,
@@ -56,15 +55,25 @@ class Augmentation:
       inside; an image at which nothing points keeps at least `keep_image` of itself. After `tries` rejected
       draws the geometry stays as it is. What stays is cut at the border. Empty masks stay empty.
 
-    chance: share of the samples that are changed at all. Raises InputError for values out of range.
+    chance: share of the samples that are changed at all. geometry, intensity: False switches off what moves
+    pixels, or what changes them. transform: of torchvision.transforms.v2, in place of our own moves and
+    intensities; it gets a tv_tensors.Image and draws from PyTorch's CPU generator, which is put back. A draw
+    that mirrors, or turns by more than 45 degrees, is rejected where an image has sides, one that moves
+    anything where the geometry must stay.
+
+        Augmentation(transform=v2.Compose([v2.RandomRotation(10), v2.ColorJitter(0.2, 0.2)]))
+
+    Raises InputError for values out of range.
     """
 
+    _: KW_ONLY
     chance: float = 1.0
     keep: float = 0.5
     keep_image: float = 0.75
     tries: int = 20
     geometry: bool = True
     intensity: bool = True
+    transform: Callable | None = None
 
     def __post_init__(self) -> None:
         for name in ("chance", "keep", "keep_image"):
@@ -72,6 +81,10 @@ class Augmentation:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}.")
         if self.tries < 0:
             raise InputError(f"tries must be 0 or more, got {self.tries!r}.")
+        if self.transform is not None and not self.intensity:
+            raise InputError(
+                "intensity=False says nothing about a transform; leave out what changes colours."
+            )
 
     def __call__(
         self,
@@ -105,9 +118,11 @@ class Augmentation:
             drawn = [i for i, at in enumerate(on_mask[: len(masks)]) if at == number]
             pixels = load_image(image)
             targets = _Targets.read([prompts[i] for i in here], [masks[i] for i in drawn], pixels.shape[:2])
-            if moving:
+            if self.transform is not None:
+                pixels, targets = self._transform(pixels, targets, key, moving, flips)
+            elif moving:
                 pixels, targets = self._move(pixels, targets, key, modality, flips)
-            if self.intensity:
+            if self.intensity and self.transform is None:
                 pixels = _recolour(pixels, keyed_rng(*key, "intensity"), modality)
             images[number] = pixels
             for i, prompt in zip(here, targets.prompts, strict=True):
@@ -124,8 +139,25 @@ class Augmentation:
         for attempt in range(self.tries):
             move = draw_move(keyed_rng(*key, attempt), size, flips)
             x, y = source_positions(move, *size)
-            if targets.stay(move, x, y, self.keep, self.keep_image):
-                return targets.moved(image, move, x, y, OUTSIDE.get(modality or "", "black"))
+            if targets.stay(move.matrix, x, y, self.keep, self.keep_image):
+                regions = targets.regions()
+                image, regions = resample(image, regions, move, OUTSIDE.get(modality or "", "black"))
+                return image, targets.moved(regions, x, y)
+        return image, targets
+
+    def _transform(
+        self, image: np.ndarray, targets: _Targets, key: tuple, moving: bool, flips: bool
+    ) -> tuple[np.ndarray, _Targets]:
+        """The same of what `transform` makes."""
+        from medplib.data.tv_transforms import draw
+
+        for attempt in range(self.tries):
+            drawn = draw(self.transform, image, keyed_rng(*key, attempt))
+            if drawn.moves(image.shape[:2]) and not (moving and (flips or drawn.upright())):
+                continue
+            if targets.stay(drawn.matrix, drawn.x, drawn.y, self.keep, self.keep_image):
+                regions = drawn.take(targets.regions())
+                return drawn.image, targets.moved(regions, drawn.x, drawn.y)
         return image, targets
 
 
@@ -147,56 +179,68 @@ class _Targets:
         stacked = np.stack([a != 0 for a in arrays]) if arrays else np.zeros((0, *size), bool)
         return cls([Mask(p.to_mask(size)) if isinstance(p, Mask) else p for p in prompts], stacked)
 
-    def stay(self, move: Move, x: np.ndarray, y: np.ndarray, keep: float, keep_image: float) -> bool:
-        """Whether points stay inside and enough of every mask and box does; x, y (H, W) as in `moved`."""
-        height, width = x.shape
+    def regions(self) -> np.ndarray:
+        """bool (masks + mask prompts, H, W): what moves as a mask does."""
+        forms = [p.mask for p in self.prompts if isinstance(p, Mask)]
+        return np.concatenate([self.masks, np.stack(forms)]) if forms else self.masks
+
+    def stay(self, matrix: np.ndarray, x: np.ndarray, y: np.ndarray, keep: float, keep_image: float) -> bool:
+        """Whether points stay inside and enough of every mask and box does.
+
+        x, y (h, w): where each output pixel comes from. matrix (2, 2): how that changes from pixel to pixel.
+        """
+        height, width = self.masks.shape[1:]
         inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
-        scale = abs(float(np.linalg.det(move.matrix)))  # area in the source of one output pixel
+        scale = abs(float(np.linalg.det(matrix)))  # area in the source of one output pixel
         if not self.prompts and not self.masks.any():
-            return inside.sum() * scale >= keep_image * inside.size
+            return inside.sum() * scale >= keep_image * height * width
         columns = (x + 0.5).astype(np.int64).clip(0, width - 1)
         rows = (y + 0.5).astype(np.int64).clip(0, height - 1)
+
+        spacing = float(np.abs(matrix).sum()) / 2  # no place in sight is further than this from a source
 
         def kept(area: float, visible: np.ndarray) -> bool:
             return bool(visible.any()) and visible.sum() * scale >= keep * area
 
         for prompt in self.prompts:
             if isinstance(prompt, Point):
-                if _move_point(prompt, x, y) is None:
+                if not _shows(prompt, x, y, spacing):
                     return False
             elif isinstance(prompt, Box):
                 area = (prompt.x1 - prompt.x0) * (prompt.y1 - prompt.y0)
                 if not kept(area, _in_box(prompt, x, y)):
                     return False
-        regions = [*self.masks, *(p.mask for p in self.prompts if isinstance(p, Mask))]
-        return all(kept(m.sum(), m[rows, columns] & inside) for m in regions if m.any())
+        return all(kept(m.sum(), m[rows, columns] & inside) for m in self.regions() if m.any())
 
-    def moved(
-        self, image: np.ndarray, move: Move, x: np.ndarray, y: np.ndarray, outside: str
-    ) -> tuple[np.ndarray, _Targets]:
-        """Image and targets after the move; x, y (H, W): where each output pixel comes from."""
-        regions = [p.mask for p in self.prompts if isinstance(p, Mask)]
-        stack = np.concatenate([self.masks, np.stack(regions)]) if regions else self.masks
-        image, stack = resample(image, stack, move, outside)
-        forms: Iterable[np.ndarray] = iter(stack[len(self.masks) :])
+    def moved(self, regions: np.ndarray, x: np.ndarray, y: np.ndarray) -> _Targets:
+        """After a move that made `regions` of regions(); x, y (h, w): where each output pixel comes from."""
+        forms: Iterable[np.ndarray] = iter(regions[len(self.masks) :])
         prompts: list[Point | Box | Mask] = []
         for prompt in self.prompts:
             if isinstance(prompt, Point):
-                prompts.append(_move_point(prompt, x, y) or prompt)  # `stay` has seen that it is inside
+                prompts.append(_move_point(prompt, x, y))
             elif isinstance(prompt, Box):
                 prompts.append(_bounds(_in_box(prompt, x, y)))
             else:
                 prompts.append(Mask(next(forms)))
-        return image, _Targets(prompts, stack[: len(self.masks)])
+        return _Targets(prompts, regions[: len(self.masks)])
 
 
-def _move_point(point: Point, x: np.ndarray, y: np.ndarray) -> Point | None:
-    """The centre of the output pixel that shows the point's pixel; None if the image no longer shows it."""
-    distance = np.abs(x - np.floor(point.x)) + np.abs(y - np.floor(point.y))  # (H, W)
-    row, column = np.unravel_index(int(distance.argmin()), distance.shape)
-    if distance[row, column] > 1.5:  # a zoom out leaves up to 1.4 pixels between sources
-        return None
-    return Point(float(column) + 0.5, float(row) + 0.5, point.label)
+def _distance(point: Point, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(h, w): how far the source of each output pixel is from the point's pixel, along the axes."""
+    return np.abs(x - np.floor(point.x)) + np.abs(y - np.floor(point.y))
+
+
+def _shows(point: Point, x: np.ndarray, y: np.ndarray, spacing: float) -> bool:
+    """Whether the point is still to be seen, with sources `spacing` apart."""
+    return bool(_distance(point, x, y).min() <= max(1.5, spacing + 0.5))
+
+
+def _move_point(point: Point, x: np.ndarray, y: np.ndarray) -> Point:
+    """The centre of the output pixels that show the point's pixel best."""
+    distance = _distance(point, x, y)
+    rows, columns = np.nonzero(distance == distance.min())
+    return Point(float(columns.mean()) + 0.5, float(rows.mean()) + 0.5, point.label)
 
 
 def _in_box(box: Box, x: np.ndarray, y: np.ndarray) -> np.ndarray:

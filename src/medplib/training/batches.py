@@ -5,7 +5,6 @@ B samples per optimiser step over all processes and accumulated forwards, M samp
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from medplib.conversation import REGION, SEG
+from medplib.data.options import check_options
 from medplib.data.record import TASKS, Record
 from medplib.data.transforms import Augmentation
 from medplib.errors import InputError
@@ -225,11 +225,15 @@ def augmentation(recipe: Recipe) -> Augmentation | None:
     """The recipe's augmentation, None without one. Raises InputError, naming the argument."""
     if recipe.augment is None:
         return None
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Augmentation)}
-    for key, value in recipe.augment.items():
-        if key not in kinds:
-            raise InputError(f"augment has no argument {key!r}. Known: {', '.join(kinds)}.")
-        wanted = (int, float) if kinds[key] is float else (kinds[key],)
-        if type(value) not in wanted:
-            raise InputError(f"augment.{key} must be of type {kinds[key].__name__}, got {value!r:.80}.")
-    return Augmentation(**recipe.augment)
+    settings = dict(recipe.augment)
+    if (named := settings.get("transform")) is not None:
+        if not isinstance(named, Mapping):
+            raise InputError(
+                "augment: transform must be a table such as {RandomRotation: {degrees: 10}}, "
+                f"got {named!r:.80}."
+            )
+        from medplib.data.tv_transforms import named_transforms
+
+        settings["transform"] = named_transforms(named)
+    check_options(Augmentation, settings, "augment")
+    return Augmentation(**settings)

@@ -9,7 +9,6 @@ differs from them.
 # No `from __future__ import annotations` here: with it the type checks of @strict fall silent.
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -90,8 +89,10 @@ class StageChanges:
         """The Stage called `name`. Raises InputError or UnknownNameError."""
         base = self.base or name
         if base not in STAGES:
-            raise _unknown(
-                f"stages.{name} is no published stage; say which one it changes in base.", base, STAGES
+            raise UnknownNameError.among(
+                f"stages.{name} is no published stage, nor is its base '{base}'; name one in base.",
+                base,
+                STAGES,
             )
         own = {f.name for f in fields(Stage)}
         given = {k: v for k, v in vars(self).items() if k in own and v is not None}
@@ -128,7 +129,8 @@ class Recipe:
                          accumulated forwards
     samples_per_epoch    by default all records of the stage's sources together
     length_grouping      samples of like length share a forward, so that little of it is padding
-    augment              arguments of medplib.data.transforms.Augmentation, {} for its defaults; None: none
+    augment              arguments of medplib.data.transforms.Augmentation, {} for its defaults; None: none;
+                         its transform as {name in torchvision.transforms.v2: its arguments}
     gradient_checkpointing  compute activations twice, store them once per layer
     save_steps, keep     a snapshot each so many steps; how many are kept
     log_steps, report_to a line of log.jsonl each so many steps; also "tensorboard", "wandb", ...
@@ -182,7 +184,9 @@ class Recipe:
         for name, changes in self.stages.items():
             for source in changes.apply(name).data:
                 if changes.data is not None and source not in self.data:
-                    raise _unknown(f"stages.{name}.data names a source that data lacks.", source, self.data)
+                    raise UnknownNameError.among(
+                        f"stages.{name}.data names '{source}', a source that data lacks.", source, self.data
+                    )
 
     def before(self, name: str) -> list[str]:
         """The stages that come before `name`: of those run now, else of the whole chain."""
@@ -250,7 +254,7 @@ def load_recipe(
         table = _mapping(content.get("stages"), "stages")
         for stage in chosen:
             if stage not in table:
-                raise _unknown("The recipe has no such stage.", stage, table)
+                raise UnknownNameError.among(f"The recipe has no stage '{stage}'.", stage, table)
         content |= {"stages": {stage: table[stage] for stage in chosen}, "chain": list(map(str, table))}
     return make_recipe(content)
 
@@ -276,7 +280,7 @@ def _read(name: str | Path) -> str:
         return (files("medplib.training") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name).expanduser()
     if not path.is_file():
-        raise _unknown(f"There is no recipe file {str(name)!r}.", str(name), shipped_recipes())
+        raise UnknownNameError.among(f"There is no recipe file {str(name)!r}.", str(name), shipped_recipes())
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -308,7 +312,7 @@ def _build(cls: type, value: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in table:
         if key not in known:
-            raise _unknown(f"The recipe has no setting '{prefix}{key}'.", str(key), known)
+            raise UnknownNameError.among(f"The recipe has no setting '{prefix}{key}'.", str(key), known)
     missing = [
         k
         for k, f in known.items()
@@ -343,9 +347,3 @@ def _mapping(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must be a table of names and values, got {value!r:.80}.")
     return value
-
-
-def _unknown(message: str, name: str, known) -> UnknownNameError:
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return UnknownNameError(f"{message} Got '{name}'.{hint} Known: {', '.join(map(str, known)) or 'none'}.")
