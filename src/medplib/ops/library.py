@@ -2,7 +2,7 @@
 
 T tokens, D width, H hidden width, E experts, K experts per token, n = T*K assignments, R rows.
 
-The default kernel of each is the function of that name in `reference.py`. A compiled library (`_loader.py`)
+The default kernel of each is the function of that name in `reference`. A compiled library (`_loader.py`)
 registers kernels for its device under the same names, which the dispatcher then prefers; shapes and gradients
 stay as written here. All operators return new tensors, of sizes known from the arguments' shapes, so that
 they trace, compile and export; their gradients are again operators.

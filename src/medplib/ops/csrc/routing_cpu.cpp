@@ -1,4 +1,4 @@
-// The operators for the CPU, as medplib::* on the CPU key: what reference.py says, with the same bits.
+// The operators for the CPU, as medplib::* on the CPU key: what reference says, with the same bits.
 //
 // T tokens, D width, H hidden width, E experts, K experts per token, n = T*K assignments, R rows. Matrix products
 // (gate_logits, decode_ffn) stay with PyTorch, whose libraries do them better.

@@ -1,25 +1,14 @@
-"""What each operator of a mixture of experts means, in plain PyTorch; the kernel used when none is compiled.
-
-T tokens, D width, H hidden width, E experts, K experts per token, n = T*K assignments, R rows for experts.
-
-An assignment is one (token, choice) pair; its number is token * K + choice. The index E in place of an expert
-means that the assignment was dropped. Everything is deterministic: ties go to the lowest index, rows keep the
-order of their tokens, and no sum depends on the order of threads. Sums are taken in the precise type:
-float32, or float64 where an input is float64.
-
-The functions here are what `library.py` registers: same arguments, same results, no gradient. Users call
-`medplib.ops`.
-"""
+"""The gate, the order of rows, drops, permute and combine in plain PyTorch."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from medplib.ops.reference.precision import precise_type, without_autocast
 
 # splitmix64 (Steele, Lea and Flood, 2014): a counter becomes 64 well mixed bits. As signed 64-bit numbers.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -27,15 +16,10 @@ MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
-def precise_type(*tensors: Tensor) -> torch.dtype:
-    """float64 where one of the tensors is, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
 def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens (T, D), weight (E, D) -> (T, E) in the precise type, autocast or not."""
     precise = precise_type(tokens, weight)
-    with _without_autocast(tokens):
+    with without_autocast(tokens):
         return tokens.to(precise) @ weight.to(precise).T  # (T, E)
 
 
@@ -47,7 +31,7 @@ def gate_logits_backward(
     What is not asked for is not computed and comes back empty (0,).
     """
     grad_tokens, grad_weight = tokens.new_empty(0), weight.new_empty(0)
-    with _without_autocast(tokens):
+    with without_autocast(tokens):
         if for_tokens:
             grad_tokens = (grad @ weight.to(grad.dtype)).to(tokens.dtype)  # (T, D)
         if for_weight:
@@ -217,7 +201,7 @@ def permute(tokens: Tensor, order: Tensor, position: Tensor | None, k: int) -> T
 
 def permute_backward(grad: Tensor, position: Tensor) -> Tensor:
     """grad (R, D) of the rows, position (T, K) -> that of the tokens (T, D), summed choice 0 first."""
-    return _sum_choices(grad, position, None, None)
+    return sum_choices(grad, position, None, None)
 
 
 def combine(
@@ -229,7 +213,7 @@ def combine(
     weights (float32 or float64) and rounded once. `order` (R,) is the inverse of the position, for the
     gradient.
     """
-    return _sum_choices(rows, position, weights, residual)
+    return sum_choices(rows, position, weights, residual)
 
 
 def combine_backward(
@@ -253,7 +237,7 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
     return rows.index_select(0, index.clamp_min(0)).masked_fill(index.unsqueeze(1) < 0, 0)
 
 
-def _sum_choices(rows: Tensor, position: Tensor, weights: Tensor | None, residual: Tensor | None) -> Tensor:
+def sum_choices(rows: Tensor, position: Tensor, weights: Tensor | None, residual: Tensor | None) -> Tensor:
     """Sum over k of weights[:, k] * rows[position[:, k]], in order, in the precise type."""
     num_tokens, k = position.shape
     precise = precise_type(rows) if weights is None else weights.dtype
@@ -279,107 +263,6 @@ def _weighted(
     return term * weights[:, choice].where(index >= 0, 0).unsqueeze(1)
 
 
-def grouped_mm(rows: Tensor, weights: Sequence[Tensor], ends: Tensor) -> Tensor:
-    """rows (R, D), weights E times (H, D), ends (E,) -> (R, H): each row by its expert's weight, as F.linear
-    does.
-
-    Expert e has the rows from ends[e - 1] to ends[e]; rows after the last end become zeros. The ends are read
-    on the host.
-    """
-    out = rows.new_empty(rows.shape[0], weights[0].shape[0])
-    start = 0
-    with _without_autocast(rows):
-        for weight, end in zip(weights, ends.tolist(), strict=True):
-            if end > start:
-                torch.mm(rows[start:end], weight.T, out=out[start:end])
-            start = end
-    out[start:] = 0
-    return out
-
-
-def grouped_mm_backward(
-    grad: Tensor,
-    rows: Tensor,
-    weights: Sequence[Tensor],
-    ends: Tensor,
-    for_rows: bool,
-    for_weights: Sequence[bool],
-) -> tuple[Tensor, list[Tensor]]:
-    """grad (R, H) -> that of the rows (R, D) and of each weight (H, D).
-
-    What is not asked for is not computed and comes back empty (0,).
-    """
-    grad_rows = rows.new_empty(rows.shape if for_rows else (0,))
-    grad_weights, start = [], 0
-    with _without_autocast(rows):
-        for weight, asked, end in zip(weights, for_weights, ends.tolist(), strict=True):
-            part = slice(start, end)
-            if for_rows and end > start:
-                torch.mm(grad[part], weight, out=grad_rows[part])
-            # of an expert without rows it is zeros
-            grad_weights.append(torch.mm(grad[part].T, rows[part]) if asked else weight.new_empty(0))
-            start = end
-    if for_rows:
-        grad_rows[start:] = 0
-    return grad_rows, grad_weights
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up (R, 2H), gate first -> silu(gate) * up (R, H), computed in the precise type."""
-    gate, up = gate_up.to(precise_type(gate_up)).chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
-
-
-def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """grad (R, H), gate_up (R, 2H) -> the gradient of gate_up (R, 2H)."""
-    precise = precise_type(gate_up)
-    gate, up = gate_up.to(precise).chunk(2, dim=-1)
-    grad = grad.to(precise)
-    sigmoid = gate.sigmoid()
-    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([grad_gate, grad * gate * sigmoid], dim=-1).to(gate_up.dtype)
-
-
-def decode_ffn(
-    tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, residual: Tensor | None
-) -> Tensor:
-    """tokens (T, D), experts (T, K), weights (T, K), gate_up (E, 2H, D), down (E, D, H) -> (T, D).
-
-    What permute, the experts and combine do together, reading the weights of the chosen experts and no
-    others. For few tokens, at inference.
-    """
-    num_tokens, k = experts.shape
-    flat = experts.reshape(-1)  # (n,)
-    served = (flat >= 0) & (flat < len(gate_up))
-    position = torch.arange(flat.numel(), device=flat.device).where(served, -1).view(num_tokens, k)
-    with _without_autocast(tokens):
-        if tokens.device.type == "cpu":
-            rows = _run_chosen(tokens, flat.tolist(), k, gate_up, down)  # (n, D)
-        else:  # no counts on the host: a graph may be recording
-            chosen = flat.where(served, 0)
-            inputs = tokens.repeat_interleave(k, dim=0).unsqueeze(2)  # (n, D, 1)
-            hidden = swiglu(torch.bmm(gate_up[chosen], inputs).squeeze(2))  # (n, H)
-            rows = torch.bmm(down[chosen], hidden.unsqueeze(2)).squeeze(2)  # (n, D)
-    return _sum_choices(rows, position, weights, residual)
-
-
-def _run_chosen(tokens: Tensor, experts: list[int], k: int, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One pass per chosen expert: tokens (T, D), n experts -> rows (n, D) in the order of assignments."""
-    members: dict[int, list[int]] = {}
-    for assignment, expert in enumerate(experts):
-        if 0 <= expert < len(gate_up):
-            members.setdefault(expert, []).append(assignment)
-    if len(members) == 1 and len(tokens) == len(experts) == len(next(iter(members.values()))):
-        expert = next(iter(members))
-        return F.linear(swiglu(F.linear(tokens, gate_up[expert])), down[expert])  # (n, D)
-    rows = tokens.new_zeros(len(experts), tokens.shape[1])
-    for expert, assignments in members.items():
-        place = torch.tensor(assignments, device=tokens.device)
-        part = tokens.index_select(0, place // k)
-        rows.index_copy_(0, place, F.linear(swiglu(F.linear(part, gate_up[expert])), down[expert]))
-    return rows
-
-
 def invert(order: Tensor, num_tokens: int, k: int) -> Tensor:
     """The row of each assignment, -1 where there is none: order (R,) -> position (T, K)."""
     count = num_tokens * k
@@ -398,9 +281,3 @@ def capacity_of(num_tokens: int, num_experts: int, factor: float) -> int:
 def _capacity_of(num_tokens: int, num_experts: int, factor: float) -> int:
     share = torch.tensor(num_tokens / num_experts, dtype=torch.float32)
     return int(torch.ceil(share * torch.tensor(factor, dtype=torch.float32)))
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[None]:
-    """Keep autocast from changing the types of matrix products."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
