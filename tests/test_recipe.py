@@ -86,6 +86,8 @@ def test_settings_are_changed_by_dotted_keys_and_checked():
         load_recipe("tiny", {"out.folder": 1})
     with pytest.raises(InputError, match=r"stages\.vqa is a table"):
         load_recipe("tiny", {"stages.vqa": 3})
+    with pytest.raises(UnknownNameError, match=r"stages\.foo is no published stage"):
+        load_recipe("tiny", {"stages.foo.steps": 1}, stages="align")
     with pytest.raises(UnknownNameError, match="Did you mean 'align'"):
         load_recipe("tiny", stages="alig")
 

@@ -200,6 +200,8 @@ def test_what_is_wrong_with_the_last_stage_is_said_before_the_first_trains(
         ({"dense": "foo"}, r"no expert named 'foo'; it has grounding, vqa"),
         ({"load": {"foo": 1}}, r"load has no argument 'foo'\. Known: revision"),
         ({"load": {"clip": "folder"}}, "load: clip is for published layouts"),
+        ({"load": {"quantize": "int5"}}, "quantize must be one of int8, int4, got 'int5'"),
+        ({"load": {"quantize": "int4"}}, "int4 computes in bfloat16; leave dtype='float32' out"),
         ({"report_to": ["foo"]}, "report_to: foo is not supported"),
         ({"report_to": ["neptune"]}, r"report_to.*neptune.* is not"),
         ({"mask_weights": "nope.pth"}, r"mask_weights: there is no file 'nope\.pth'"),

@@ -19,6 +19,7 @@ from medplib.configuration import MAX_EXPERTS, LossConfig, MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, UnknownNameError
 from medplib.experts.context import unknown_expert
 from medplib.loading import HUB_ARGUMENTS
+from medplib.quantization import loading_options
 from medplib.stages import Stage
 from medplib.training.batches import stage_batches
 from medplib.training.recipe import Recipe
@@ -87,7 +88,7 @@ def _check_load(arguments: Mapping[str, Any]) -> None:
     """Raise UnknownNameError for what is no argument of MedPLIB.from_pretrained."""
     for key in arguments:
         if key not in _LOAD:
-            raise UnknownNameError(f"load has no argument {key!r}. Known: {', '.join(_LOAD)}.")
+            raise UnknownNameError.among(f"load has no argument '{key}'.", key, _LOAD)
 
 
 def _check_moe(recipe: Recipe) -> None:
@@ -104,6 +105,8 @@ def _check_start(recipe: Recipe, name: str, there: Container[str]) -> None:
     if start_folders(recipe, name, there):
         return
     _, config = start_config(recipe, recipe.stages[name].start or recipe.model)
+    if (kind := recipe.load.get("quantize")) is not None:
+        loading_options(kind, config, recipe.load.get("device_map"), recipe.dtype)
     if recipe.dense is not None and config.moe is not None and recipe.dense not in config.moe.experts:
         raise unknown_expert(recipe.dense, tuple(config.moe.experts))
     if recipe.mask_weights is not None and not Path(recipe.mask_weights).expanduser().is_file():

@@ -255,6 +255,7 @@ def load_recipe(
         for stage in chosen:
             if stage not in table:
                 raise UnknownNameError.among(f"The recipe has no stage '{stage}'.", stage, table)
+        make_recipe(content)  # a mistake in a stage that is left out would vanish with it
         content |= {"stages": {stage: table[stage] for stage in chosen}, "chain": list(map(str, table))}
     return make_recipe(content)
 
