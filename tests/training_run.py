@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 
+from medplib.data.files import Held
 from medplib.data.record import Record
 from medplib.prompts.types import Box
 from medplib.training.recipe import make_recipe
-from medplib.training.sources import Held
 
 LORA = {"language_model": {"rank": 2, "alpha": 4, "targets": ["q_proj", "up_proj"], "dropout": 0.1}}
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
 from medplib.processing import Batch, Sample
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
+
+if TYPE_CHECKING:
+    from medplib.volumetric import VolumeAnswer
 
 _PROMPT_TENSORS = (
     *("input_ids", "attention_mask", "pixel_values", "image_index", "region_masks", "region_images"),
@@ -38,7 +41,7 @@ class Generation:
 
 
 class AnsweringMixin:
-    """`ask`, `segment`, `answer` and `generate_with_states` of MedPLIB."""
+    """`ask`, `segment`, `segment_volume`, `answer` and `generate_with_states` of MedPLIB."""
 
     @torch.no_grad()
     def generate_with_states(
@@ -145,17 +148,16 @@ class AnsweringMixin:
 
         No mask comes back for what the model says is absent.
         """
-        names = [target] if isinstance(target, str) else target
-        if (
-            not isinstance(names, list | tuple)
-            or not names
-            or not all(isinstance(n, str) and n.strip() for n in names)
-        ):
-            raise InputError(f"Name what to segment, for example 'the right lung'; got {target!r}.")
-        names = [n.strip().rstrip(".") for n in names]
-        names = [n if n.lower().startswith(("the ", "a ", "an ", "all ")) else f"the {n}" for n in names]
-        listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-        return self.ask(images, f"Segment {listed}.", **kwargs)
+        return self.ask(images, request(named(target)), **kwargs)
+
+    def segment_volume(self, volume: Any, target: str | Sequence[str], **kwargs) -> VolumeAnswer:
+        """Draw what is named in every slice of a volume; see `medplib.volumetric.segment_volume`.
+
+        model.segment_volume("ct.nii.gz", ["the right lung", "the left lung"]).save("out/")
+        """
+        from medplib.volumetric import segment_volume
+
+        return segment_volume(self, volume, target, **kwargs)
 
     def _need_processor(self):
         if self.processor is None:
@@ -223,6 +225,25 @@ def _after_end(ids: Tensor, end: int | None) -> Tensor:
     """(B, T) -> True behind the first `end` of each row."""
     over = torch.zeros_like(ids) if end is None else (ids == end).long()
     return over.cumsum(1) - over > 0
+
+
+def named(target: str | Sequence[str]) -> list[str]:
+    """Names of structures, each with its article. Raises InputError for anything else."""
+    names = [target] if isinstance(target, str) else target
+    if (
+        not isinstance(names, list | tuple)
+        or not names
+        or not all(isinstance(n, str) and n.strip() for n in names)
+    ):
+        raise InputError(f"Name what to segment, for example 'the right lung'; got {target!r}.")
+    names = [n.strip().rstrip(".") for n in names]
+    return [n if n.lower().startswith(("the ", "a ", "an ", "all ")) else f"the {n}" for n in names]
+
+
+def request(names: Sequence[str]) -> str:
+    """ "Segment the right lung and the left lung." """
+    listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    return f"Segment {listed}."
 
 
 def _target_of(question: str) -> str:

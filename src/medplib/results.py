@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import functools
+import gzip
 import html
 import io
 import json
@@ -16,6 +17,7 @@ import os
 import platform
 import re
 import unicodedata
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,9 @@ from medplib.io.overlay import draw_overlay
 
 NOTICE = "Research use only. Not a medical device."
 
-_OUR_NAMES = re.compile(r"answer\.json|overlay(_\d+)?\.png|mask_\d+_[a-z0-9_]+\.png")
-_SOFTWARE = "medplib"  # written into our PNG files, so that they are known as ours later
+_DESCRIP = slice(148, 228)  # of a NIfTI header
+_OUR_NAMES = re.compile(r"answer\.json|overlay(_\d+)?\.png|mask_\d+_[a-z0-9_]+\.(png|nii\.gz)")
+SOFTWARE = "medplib"  # written into our files, so that they are known as ours later
 
 
 @dataclasses.dataclass(eq=False)
@@ -162,15 +165,15 @@ class Answer:
         """
         files: dict[str, bytes] = {}
         for i in range(len(self.images)):
-            files["overlay.png" if i == 0 else f"overlay_{i}.png"] = _png(self.overlay(i))
+            files["overlay.png" if i == 0 else f"overlay_{i}.png"] = png(self.overlay(i))
         record = self.to_dict()
         for i, finding in enumerate(self.findings):
             name = f"mask_{i}_{file_label(finding.label)}.png"
-            files[name] = _png(Image.fromarray(finding.mask.astype(np.uint8) * np.uint8(255)))
+            files[name] = png(Image.fromarray(finding.mask.astype(np.uint8) * np.uint8(255)))
             record["findings"][i]["file"] = name
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         files["answer.json"] = (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates as \udcXX
-        return write_together(folder, files, _is_ours)
+        return write_together(folder, files, is_ours)
 
     def _image(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self.images):
@@ -194,12 +197,12 @@ class Answer:
         return f"Answer({text!r}; {found}{more})" if found else f"Answer({text!r}; no findings)"
 
     def _repr_png_(self) -> bytes | None:
-        return _png(self.overlay(0)) if self.images else None
+        return png(self.overlay(0)) if self.images else None
 
     def _repr_html_(self) -> str:
         pictures = "".join(
             f'<img alt="image {i} with findings" src="data:image/png;base64,'
-            f'{base64.b64encode(_png(self.overlay(i))).decode("ascii")}" style="max-width: 100%">'
+            f'{base64.b64encode(png(self.overlay(i))).decode("ascii")}" style="max-width: 100%">'
             for i in range(len(self.images))
         )
         question = f"<b>{html.escape(self.question)}</b><br>" if self.question else ""
@@ -229,16 +232,17 @@ def _form(value: Any) -> str:
     return f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file that says where it comes from."""
     notes = PngImagePlugin.PngInfo()
-    notes.add_text("Software", _SOFTWARE)
+    notes.add_text("Software", SOFTWARE)
     notes.add_text("Comment", NOTICE)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", pnginfo=notes)
     return buffer.getvalue()
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether an earlier `save` wrote this file: by its name and by what it says about itself."""
     if not _OUR_NAMES.fullmatch(path.name) or path.is_symlink() or not path.is_file():
         return False
@@ -246,7 +250,10 @@ def _is_ours(path: Path) -> bool:
         if path.suffix == ".json":
             record = json.loads(path.read_bytes())
             return isinstance(record, dict) and record.get("notice") == NOTICE
+        if path.suffix == ".gz":
+            with gzip.open(path) as file:
+                return file.read(_DESCRIP.stop)[_DESCRIP].startswith(SOFTWARE.encode())
         with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get("Software") == _SOFTWARE
-    except (OSError, ValueError, SyntaxError, RecursionError):
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, EOFError, zlib.error, ValueError, SyntaxError, RecursionError):
         return False

@@ -14,8 +14,9 @@ import typer
 from medplib.apps.data_cli import data
 from medplib.apps.models import check_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
-from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer
+from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
+from medplib.apps.volumes import is_volume, open_volume, parse_slices, progress_of, slice_of
 from medplib.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,6 +79,12 @@ _Mask = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="Ask about the non-zero pixels of this image. Repeatable."),
 ]
+_Axis = Annotated[str, typer.Option(help="How a NIfTI volume is cut: axial, coronal or sagittal.")]
+_Window = Annotated[
+    tuple[float, float] | None,
+    typer.Option(metavar="LOW HIGH", help="The values of a NIfTI volume shown as black and white."),
+]
+_Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")]
 
 
@@ -98,7 +105,12 @@ def ask(
     mask: _Mask = None,
     batch: _Batch = None,
     batch_size: _BatchSize = 4,
-    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    slice_: Annotated[
+        int | None, typer.Option("--slice", metavar="N", help="The slice of a NIfTI volume, from 0.")
+    ] = None,
+    axis: _Axis = "axial",
+    window: _Window = None,
+    seed: _Seed = 0,
     device: _Device = None,
     dtype: _DType = None,
     quantize: _Quantize = None,
@@ -125,7 +137,7 @@ def ask(
             raise typer.Exit(_ask_batch(load, batch, out, batch_size, options))
         if not images or question is None:
             raise InputError("Give one or more images and a question, or --batch FILE.")
-        pictures = _load_images(images, question)
+        pictures = _load_images(images, question, axis, slice_, window)
         made = make_prompts(prompts, pictures[0].shape[:2])
         asked = pictures if len(pictures) > 1 else pictures[0]
         answer = load().ask(asked, question, prompts=made, **options)
@@ -151,14 +163,73 @@ def _ask_batch(
     return int(failed > 0)
 
 
-def _load_images(files: Sequence[str], question: str) -> list[np.ndarray]:
+@app.command()
+def segment(
+    image: Annotated[str, typer.Argument(metavar="FILE", help="An image, or a NIfTI volume.")],
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help='What to draw, "right lung".')],
+    model: _ModelName = "medplib-tiny",
+    out: _Out = None,
+    axis: _Axis = "axial",
+    slices: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="These slices of a volume alone, both included.")
+    ] = None,
+    window: _Window = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many slices are looked at together.")] = 4,
+    seed: _Seed = 0,
+    device: _Device = None,
+    dtype: _DType = None,
+    quantize: _Quantize = None,
+    device_map: _DeviceMap = None,
+    as_json: _AsJson = False,
+) -> None:
+    """Draw what is named in an image, or in every slice of a NIfTI volume.
+
+    Of a volume --out gets one .nii.gz per name, which lies on the volume voxel by voxel.
+    """
+    with errors_in_one_line():
+        if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
+            raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
+        check_options(device, dtype, quantize, device_map)
+        if not is_volume(image):
+            if slices is not None or window is not None:
+                raise InputError("--slices and --window are for NIfTI volumes (.nii, .nii.gz).")
+            from medplib.io.images import load_image
+
+            picture = load_image(image)
+            loaded = load_model(model, device, dtype, quantize, device_map)
+            answer = loaded.segment(picture, names, seed=seed)
+        else:
+            from medplib.volumetric import segment_volume
+
+            opened = open_volume(image, window)
+            chosen = opened.numbers(axis, parse_slices(slices))
+            loaded = load_model(model, device, dtype, quantize, device_map)
+            with progress_of(len(chosen)) as progress:
+                answer = segment_volume(
+                    loaded, opened, names, axis=axis, slices=chosen, batch_size=batch_size,
+                    progress=progress, seed=seed,
+                )  # fmt: skip
+        written = answer.save(out) if out is not None else []
+    if as_json:
+        typer.echo(json.dumps(answer.to_dict(), ensure_ascii=True))
+    elif is_volume(image):
+        show_volume_answer(answer, out, written)
+    else:
+        show_answer(answer, out, written)
+
+
+def _load_images(
+    files: Sequence[str], question: str, axis: str, index: int | None, window: tuple[float, float] | None
+) -> list[np.ndarray]:
     from medplib.io.images import load_image
 
     if not question.strip():
         raise InputError("The question is empty. Write one after the images, in quotes.")
     if "\n" not in question and len(question) < 256 and Path(question).is_file():
         raise InputError(f"The last word must be the question, but {question!r} is a file. Add a question.")
-    return [load_image(file) for file in files]
+    if not any(map(is_volume, files)) and (index is not None or window is not None):
+        raise InputError("--slice and --window are for NIfTI volumes (.nii, .nii.gz).")
+    return [slice_of(file, axis, index, window) if is_volume(file) else load_image(file) for file in files]
 
 
 @app.command()

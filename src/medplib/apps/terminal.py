@@ -14,6 +14,7 @@ from medplib.errors import MedPLIBError
 
 if TYPE_CHECKING:
     from medplib.results import Answer
+    from medplib.volumetric import VolumeAnswer
 
 NOTICE = "Research use only. Not a medical device."
 
@@ -50,6 +51,25 @@ def show_answer(answer: Answer, out: Path | None, written: Sequence[Path]) -> No
             ]
             table.add_row(*cells, *([str(finding.image)] if several else []))
         Console(emoji=False, soft_wrap=False).print(table)
+    _show_files(out, written)
+
+
+def show_volume_answer(answer: VolumeAnswer, out: Path | None, written: Sequence[Path]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("label", "millilitres", "voxels", f"{answer.axis} slices", "score", highlight=False)
+    for number, finding in enumerate(answer.findings):
+        found = sorted(finding.scores)
+        where = f"{len(found)} ({found[0]} to {found[-1]})" if found else "none"
+        score = f"{sum(finding.scores.values()) / len(found):.3f}" if found else ""
+        label = printable(finding.label).replace("[", r"\[")
+        table.add_row(label, f"{answer.millilitres(number):.1f}", str(finding.voxels), where, score)
+    Console(emoji=False, soft_wrap=False).print(table)
+    _show_files(out, written)
+
+
+def _show_files(out: Path | None, written: Sequence[Path]) -> None:
     if out is not None:
         typer.echo(f"Written to {printable(str(out))}: {', '.join(path.name for path in written)}")
     typer.echo(NOTICE)

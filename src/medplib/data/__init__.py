@@ -13,6 +13,7 @@ _WHERE = {
     "TIERS": "samples",
     "Bytes": "files",
     "File": "files",
+    "Held": "files",
     "ImageFile": "files",
     "MaskFile": "files",
     "READERS": "readers",

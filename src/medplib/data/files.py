@@ -129,6 +129,17 @@ class UnionMask:
         return whole
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """Pixels in memory: an image uint8 (H, W, 3) or a mask bool (H, W), wherever a file could stand."""
+
+    array: np.ndarray
+
+    def load(self) -> np.ndarray:
+        """The array itself."""
+        return self.array
+
+
 def read_labels(file: File | Bytes) -> np.ndarray:
     """The numbers stored in an image of one channel, (H, W). Raises InputError, naming the file."""
     return _read(file, _numbers)

@@ -13,7 +13,6 @@ _WHERE = {
     "shipped_recipes": "recipe",
     "train": "chain",
     "dry_run": "dry_run",
-    "Held": "sources",
 }
 
 __all__ = list(_WHERE)

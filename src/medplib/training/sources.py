@@ -10,13 +10,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from medplib.data.files import Held
 from medplib.data.mini import INDEX, default_mini_root, load_mini
 from medplib.data.options import check_options
 from medplib.data.phantoms import PHANTOMS, make_phantom
@@ -33,17 +33,6 @@ MINI_TASKS = {
     "region": {"region": 1.0},
     "grounding": {"grounding": 0.5, "absent": 0.35, "several": 0.15},
 }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """Pixels in memory: an image uint8 (H, W, 3) or a mask bool (H, W), wherever a file could stand."""
-
-    array: np.ndarray
-
-    def load(self) -> np.ndarray:
-        """The array itself."""
-        return self.array
 
 
 class Drawn(Protocol):

@@ -21,8 +21,9 @@ from medplib.data.readers.common import SPLITS, build
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.volumes import AXES, SliceImage, SliceMask, volume
+from medplib.data.volumes import SliceImage, SliceMask
 from medplib.errors import InputError
+from medplib.io.volume import AXES, volume
 
 _FOLDERS = {"train": "Tr", "test": "Ts"}
 Structure = tuple[str, tuple[int, ...]]  # its name and its labels

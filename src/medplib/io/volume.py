@@ -1,0 +1,182 @@
+"""Volumes: NIfTI files as arrays that lie the same way, slices as a radiologist sees them, masks back again.
+
+x, y, z: voxels in RAS, numbered towards the patient's right, front and head; i, j, k: as the file has them.
+H, W height and width of a slice; h, w of its picture, whose pixels are square. Needs nibabel (`medical`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medplib.errors import InputError
+from medplib.io.images import _rescale, _stretch, check_size
+
+AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
+
+MAX_VOXELS = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """values (x, y, z) in RAS; spacing: mm between voxels along x, y and z.
+
+    window: the stored values shown as black and white, by default the 0.5 and 99.5 percentiles of the whole.
+    """
+
+    values: np.ndarray
+    spacing: tuple[float, float, float]
+    name: str
+    window: tuple[float, float] | None = None
+    _file: Any = field(default=None, repr=False)  # affine (4, 4), orientation (3, 2) of the file
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise InputError(f"A window goes from a lower to a higher value, got {self.window}.")
+
+    @cached_property
+    def grey(self) -> np.ndarray:
+        """uint8 (x, y, z): the values in the window, the same for all slices."""
+        values = self.values
+        if values.dtype.kind == "f":
+            values = np.nan_to_num(values)
+        return _stretch(values) if self.window is None else _rescale(values, *self.window)
+
+    def numbers(self, axis: str, chosen: Iterable[int] | None = None) -> list[int]:
+        """The numbers of these slices in order, of all for None. Raises InputError for what is not there."""
+        if axis not in AXES:
+            raise InputError(f"axis must be one of {', '.join(AXES)}, got {axis!r}.")
+        count = self.values.shape[AXES[axis]]
+        found = list(range(count)) if chosen is None else sorted(set(chosen))
+        wrong = [index for index in found if not (isinstance(index, Integral) and 0 <= index < count)]
+        if wrong or not found:
+            raise InputError(
+                f"Slices are numbered from 0 to {count - 1} ({axis}); got {wrong[0] if wrong else 'none'}."
+            )
+        return found
+
+    def picture(self, axis: str, index: int) -> np.ndarray:
+        """A slice as a picture, uint8 (h, w, 3). Raises InputError for a slice that is not there."""
+        self.numbers(axis, [index])
+        plane = upright(self.grey, AXES[axis], index)
+        height, width = self._square(axis)
+        check_size(height, width, f"Slice {index} of {self.name!r} with square pixels")
+        if plane.shape != (height, width):
+            plane = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR))
+        return np.repeat(plane[..., None], 3, axis=2)
+
+    def lay(self, mask: np.ndarray, axis: str) -> np.ndarray:
+        """A mask on the picture of a slice, bool (h, w) -> on the voxels of that slice of `values`."""
+        number = AXES[axis]
+        size = [n for i, n in enumerate(self.values.shape) if i != number][::-1]  # (H, W)
+        if mask.shape != tuple(size):
+            small = Image.fromarray(mask).resize((size[1], size[0]), Image.Resampling.NEAREST)
+            mask = np.asarray(small)
+        return mask.T[::-1, ::-1]
+
+    def show(self, mask: np.ndarray, axis: str, index: int) -> np.ndarray:
+        """A mask (x, y, z) in RAS on the picture of a slice, bool (h, w)."""
+        plane = upright(mask, AXES[axis], index)
+        height, width = self._square(axis)
+        return np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.NEAREST))
+
+    def to_file(self, mask: np.ndarray) -> np.ndarray:
+        """(x, y, z) in RAS -> (i, j, k), as the file stores its own values."""
+        import nibabel.orientations as orientations
+
+        _, stored = self._file
+        back = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), stored)
+        return np.ascontiguousarray(orientations.apply_orientation(mask, back))
+
+    def encode(self, mask: np.ndarray, note: str) -> bytes:
+        """A mask (x, y, z) in RAS as the bytes of a .nii.gz that lies on the file voxel by voxel.
+
+        Nothing of the file's header but its geometry is copied. note: at most 79 characters, in `descrip`.
+        """
+        import nibabel
+
+        image = nibabel.Nifti1Image(self.to_file(mask).astype(np.uint8), self._file[0])
+        image.header.set_xyzt_units("mm")
+        image.header["descrip"] = note.encode("ascii", "replace")[:79]
+        return gzip.compress(image.to_bytes(), mtime=0)
+
+    def _square(self, axis: str) -> tuple[int, int]:
+        """(h, w) of a slice whose pixels all are as wide as the narrower side of its voxels."""
+        number = AXES[axis]
+        sides = [(n, mm) for i, (n, mm) in enumerate(zip(self.values.shape, self.spacing, strict=True))]
+        (width, across), (height, down) = (side for i, side in enumerate(sides) if i != number)
+        least = min(across, down)
+        return max(1, round(height * down / least)), max(1, round(width * across / least))
+
+
+def load_volume(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
+    """A NIfTI file -> Volume; the last two of each process are kept.
+
+    Raises InputError for a file that cannot be read or is not three-dimensional, ImportError without nibabel.
+    """
+    values, affine, orientation = _read_at(path)
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))[np.argsort(orientation[:, 0])]
+    return Volume(values, tuple(map(float, spacing)), os.fspath(path), window, (affine, orientation))
+
+
+def volume(path: str) -> np.ndarray:
+    """The values of a NIfTI file, (x, y, z) in RAS. Raises as `load_volume` does."""
+    return _read_at(path)[0]
+
+
+def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
+    """(x, y, z) in RAS -> the slice (H, W) as it is looked at.
+
+    The patient's right is on the left of the picture (axial, coronal), the top of the picture is anterior
+    (axial) or superior (coronal, sagittal).
+    """
+    if not 0 <= index < values.shape[axis]:
+        raise InputError(
+            f"There is no slice {index}; the volume has {values.shape[axis]} on that axis, counted from 0."
+        )
+    plane = np.take(values, index, axis)
+    return np.ascontiguousarray(plane[::-1, ::-1].T)
+
+
+def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    try:
+        return _read(os.fspath(path), os.stat(path).st_mtime_ns, os.getpid())
+    except OSError as error:
+        raise InputError(f"The volume {path!r} cannot be read: {error}. Check that it is there.") from error
+
+
+@lru_cache(maxsize=2)
+def _read(path: str, modified: int, process: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values (x, y, z) in RAS; of the file the affine (4, 4) and the orientation (3, 2) of its axes."""
+    del modified, process
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError(f"Reading {path!r} needs nibabel: pip install 'medplib[medical]'.") from error
+    try:
+        image: Any = nibabel.load(path)
+        if math.prod(image.shape) > MAX_VOXELS:
+            raise ValueError(f"it has {image.shape} voxels, more than {MAX_VOXELS} in all")
+        orientation = nibabel.io_orientation(image.affine)
+        if np.isnan(orientation).any():
+            raise ValueError("its affine has a direction of length 0")
+        values = np.asanyarray(nibabel.as_closest_canonical(image).dataobj)
+    except Exception as error:  # nibabel answers damaged files with errors of many types
+        raise InputError(f"The volume {path!r} cannot be read as NIfTI: {error}. Save it again.") from error
+    if values.ndim == 4 and values.shape[3] == 1:
+        values = values[..., 0]
+    if values.ndim != 3 or values.dtype.kind not in "buif":
+        raise InputError(
+            f"The volume {path!r} has shape {values.shape} of {values.dtype}; three dimensions of plain "
+            "numbers are needed. Save the one volume that is meant."
+        )
+    return values, np.asarray(image.affine, float), orientation
