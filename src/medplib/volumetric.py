@@ -16,6 +16,7 @@ import numpy as np
 
 from medplib.errors import InputError
 from medplib.io.folder import write_together
+from medplib.io.overlay import COLOURS, with_legend
 from medplib.io.volume import AXES, Volume, load_volume
 from medplib.processing import Sample
 from medplib.results import NOTICE, SOFTWARE, file_label, is_ours, png, versions
@@ -97,13 +98,12 @@ class VolumeAnswer:
         chosen = [found[i] for i in np.unique(np.linspace(0, len(found) - 1, _SHOWN).round().astype(int))]
         rows = []
         for index in chosen:
-            here = [f for f in self.findings if index in f.scores]
             image = self.volume.picture(self.axis, index)
-            masks = [Held(self.volume.show(f.mask, self.axis, index)) for f in here]
-            words = ", ".join(f.label for f in here) or "nothing drawn"
-            turn = (words, "<SEG>" * len(here) or "None.")
+            masks = [Held(self.volume.show(f.mask, self.axis, index)) for f in self.findings]
+            turn = (self.axis, "<SEG>" * len(masks))
             rows.append(Record((turn,), (Held(image),), masks=tuple(masks), source="slice", row=index))
-        return contact_sheet(rows)
+        colours = [COLOURS[i % len(COLOURS)] for i in range(len(self.findings))]  # as the sheet has them
+        return with_legend(contact_sheet(rows), [f.label for f in self.findings], colours)
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Write a .nii.gz per finding (0 and 1, on the voxels of the file), overlay.png and answer.json.

@@ -53,7 +53,7 @@ def draw_overlay(
     for prompt in prompts:
         if hasattr(prompt, "label"):
             _draw_point(picture, prompt, thickness)
-    return _with_legend(picture, labels, colours)
+    return with_legend(picture, labels, colours)
 
 
 def contour(mask: np.ndarray, thickness: int = 1) -> np.ndarray:
@@ -76,9 +76,10 @@ def _draw_point(picture: Image.Image, point: Any, thickness: int) -> None:
     draw.line((x, y - radius, x, y + radius), fill=colour, width=thickness)
 
 
-def _with_legend(
+def with_legend(
     picture: Image.Image, labels: Sequence[str], colours: Sequence[tuple[int, int, int]]
 ) -> Image.Image:
+    """The picture with a line below it for each label, in front of it its colour."""
     if not labels:
         return picture
     size = min(32, max(12, picture.width // 32))
