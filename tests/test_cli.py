@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,23 @@ def test_ask_prints_the_answer_and_the_notice(run, tmp_path):
     assert FakeModel.asked["images"].shape == (50, 80, 3)
     assert FakeModel.asked["prompts"] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "m.png"]
+
+
+def test_ask_takes_a_dicom_file(run, tmp_path):
+    pydicom = pytest.importorskip("pydicom.data")
+    scan = pydicom.get_testdata_file("MR_small.dcm", download=False)
+    (tmp_path / "scan.dcm").write_bytes(Path(scan).read_bytes())
+    status, out, err = run("ask", "scan.dcm", "What is this?", "--box", 10, 5, 30, 20, "--out", "answer")
+    assert (status, err) == (0, "")
+    assert out.startswith("It is a")
+    assert FakeModel.asked["images"].shape == (64, 64, 3)
+    assert Image.open(tmp_path / "answer" / "overlay.png").size[0] >= 64
+    (tmp_path / "cut.dcm").write_bytes(Path(scan).read_bytes()[:5000])
+    status, out, err = run("ask", "cut.dcm", "What is this?")
+    assert (status, out) == (2, "")
+    assert "cut.dcm" in err
+    assert "is cut short" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_ask_writes_files_and_says_where(run, tmp_path):

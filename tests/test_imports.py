@@ -12,7 +12,7 @@ import pytest
 
 import medplib
 
-HEAVY = ("torch", "transformers", "timm", "peft", "accelerate", "matplotlib", "tokenizers")
+HEAVY = ("torch", "transformers", "timm", "peft", "accelerate", "matplotlib", "tokenizers", "pydicom")
 
 
 def loaded_by(code: str) -> set[str]:

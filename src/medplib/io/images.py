@@ -2,6 +2,7 @@
 
 Letters: H, W = height and width of the original image. More than 8 bits per sample, and floating-point
 values, are windowed (stretched between two percentiles), never cut off at 255 as `convert("RGB")` would do.
+DICOM goes to `dicom.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,9 +26,9 @@ MAX_PIXELS = 64_000_000
 WINDOW = (0.5, 99.5)  # percentiles shown as black and white
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # few decoders, for safety
-_READABLE = "PNG, JPEG, TIFF, BMP, GIF, WebP and PNM"
+_READABLE = "PNG, JPEG, TIFF, BMP, GIF, WebP, PNM and DICOM"
+_DICOM = (".dcm", ".dicom", ".ima")  # read as DICOM even without its preamble
 _VOLUMES = {
-    "DICOM": (".dcm", ".dicom", ".ima"),
     "NIfTI": (".nii", ".nii.gz", ".hdr"),
     "MetaImage": (".mha", ".mhd"),
     "NRRD": (".nrrd", ".nhdr"),
@@ -47,13 +48,12 @@ def load_image(source: Any) -> np.ndarray:
       become 0 and 255, one window for all colours. 16-bit colour files are stretched from their upper 8 bits.
     - Floats within [0, 1] are multiplied by 255; other floats are stretched like wide integers.
     - Transparent pixels are laid on black, palettes resolved, the EXIF orientation applied.
+    - A DICOM file is read as `medplib.io.dicom.read_dicom` says; that function also chooses frame and window.
 
     Raises InputError for anything that cannot be read as a picture of at least 8 x 8 pixels.
     """
-    if isinstance(source, (str, os.PathLike)):
-        return _from_path(source)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _from_bytes(bytes(source))
+    if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        return from_file(source, _from_stream)
     if isinstance(source, Image.Image):
         return _from_pillow(source, f"The Pillow image ({source.mode}, {source.width} x {source.height})")
     if isinstance(source, np.ndarray):
@@ -80,7 +80,16 @@ def check_size(height: int, width: int, name: str) -> None:
 # ------------------------------------------------------------------------------------------ files
 
 
-def _from_path(source: str | os.PathLike) -> np.ndarray:
+def from_file(source: Any, read: Callable[[BinaryIO, str], Any]) -> Any:
+    """What `read(file, name)` gives of the file at a path, or of bytes; `name` stands for it in messages.
+
+    Raises InputError for a path or bytes that cannot be read, whatever is in them.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name = f"The image of {len(source)} bytes"
+        if not len(source):
+            raise InputError(f"{name} is empty. Give the whole content of an image file.")
+        return read(io.BytesIO(source), name)
     text = os.fspath(source)
     if isinstance(text, bytes):
         text = os.fsdecode(text)
@@ -103,21 +112,16 @@ def _from_path(source: str | os.PathLike) -> np.ndarray:
         raise InputError(f"{name} is empty (0 bytes). Save or copy it again.")
     try:
         with path.open("rb") as file:
-            return _from_stream(file, name)
+            return read(file, name)
     except OSError as error:
         raise InputError(f"{name} cannot be opened ({_reason(error)}). Check its rights.") from error
 
 
-def _from_bytes(data: bytes) -> np.ndarray:
-    name = f"The image of {len(data)} bytes"
-    if not data:
-        raise InputError(f"{name} is empty. Give the whole content of an image file.")
-    return _from_stream(io.BytesIO(data), name)
+def _from_stream(file: BinaryIO, name: str) -> np.ndarray:
+    if file.read(132)[128:] == b"DICM" or str(getattr(file, "name", "")).lower().endswith(_DICOM):
+        from medplib.io.dicom import decode
 
-
-def _from_stream(file: Any, name: str) -> np.ndarray:
-    if file.read(132)[128:] == b"DICM":
-        raise _unreadable_kind(name, "DICOM")
+        return decode(file, name)
     file.seek(0)
     with _open(file, name) as image:
         check_size(image.height, image.width, name)  # before any pixel is decoded
@@ -293,12 +297,15 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     return _stretch(array)
 
 
-def _stretch(array: np.ndarray) -> np.ndarray:
-    """uint8 with the percentiles of WINDOW at 0 and 255; minimum and maximum where the percentiles agree."""
-    flat = array.reshape(-1)
+def _stretch(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """uint8 with the percentiles of WINDOW at 0 and 255; minimum and maximum where the percentiles agree.
+
+    `counted` are the values that percentiles are taken from, by default all of the array.
+    """
+    flat = (array if counted is None else counted).reshape(-1)
     low, high = np.percentile(flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64), WINDOW)
     if high <= low:
-        low, high = float(array.min()), float(array.max())
+        low, high = float(flat.min()), float(flat.max())
     return _rescale(array, float(low), float(high))
 
 
