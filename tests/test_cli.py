@@ -97,6 +97,14 @@ def test_ask_takes_a_dicom_file(run, tmp_path):
     assert out.startswith("It is a")
     assert FakeModel.asked["images"].shape == (64, 64, 3)
     assert Image.open(tmp_path / "answer" / "overlay.png").size[0] >= 64
+    brightness = {}
+    for high in (2000, 4000):
+        assert run("ask", "scan.dcm", "What?", "--window", 0, high)[0] == 0
+        brightness[high] = FakeModel.asked["images"].mean()
+    assert brightness[2000] > 1.5 * brightness[4000]
+    status, out, err = run("ask", "scan.dcm", "What is this?", "--slice", 1)
+    assert status == 2
+    assert "has no frame 1" in err
     (tmp_path / "cut.dcm").write_bytes(Path(scan).read_bytes()[:5000])
     status, out, err = run("ask", "cut.dcm", "What is this?")
     assert (status, out) == (2, "")

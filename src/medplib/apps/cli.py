@@ -16,7 +16,7 @@ from medplib.apps.models import check_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
-from medplib.apps.volumes import is_volume, open_volume, parse_slices, progress_of, slice_of
+from medplib.apps.volumes import is_volume, parse_slices, picture_of, progress_of
 from medplib.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ _Mask = Annotated[
 _Axis = Annotated[str, typer.Option(help="How a NIfTI volume is cut: axial, coronal or sagittal.")]
 _Window = Annotated[
     tuple[float, float] | None,
-    typer.Option(metavar="LOW HIGH", help="The values of a NIfTI volume shown as black and white."),
+    typer.Option(
+        metavar="LOW HIGH", help="The values of a NIfTI volume or DICOM file shown as black and white."
+    ),
 ]
 _Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")]
@@ -106,7 +108,10 @@ def ask(
     batch: _Batch = None,
     batch_size: _BatchSize = 4,
     slice_: Annotated[
-        int | None, typer.Option("--slice", metavar="N", help="The slice of a NIfTI volume, from 0.")
+        int | None,
+        typer.Option(
+            "--slice", metavar="N", help="The slice of a NIfTI volume or the frame of a DICOM file, from 0."
+        ),
     ] = None,
     axis: _Axis = "axial",
     window: _Window = None,
@@ -191,17 +196,16 @@ def segment(
             raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
         check_options(device, dtype, quantize, device_map)
         if not is_volume(image):
-            if slices is not None or window is not None:
-                raise InputError("--slices and --window are for NIfTI volumes (.nii, .nii.gz).")
-            from medplib.io.images import load_image
-
-            picture = load_image(image)
+            if slices is not None:
+                raise InputError("--slices is for NIfTI volumes (.nii, .nii.gz).")
+            picture = picture_of(image, axis, None, window)
             loaded = load_model(model, device, dtype, quantize, device_map)
             answer = loaded.segment(picture, names, seed=seed)
         else:
+            from medplib.io.volume import load_volume
             from medplib.volumetric import segment_volume
 
-            opened = open_volume(image, window)
+            opened = load_volume(image, window)
             chosen = opened.numbers(axis, parse_slices(slices))
             loaded = load_model(model, device, dtype, quantize, device_map)
             with progress_of(len(chosen)) as progress:
@@ -221,15 +225,11 @@ def segment(
 def _load_images(
     files: Sequence[str], question: str, axis: str, index: int | None, window: tuple[float, float] | None
 ) -> list[np.ndarray]:
-    from medplib.io.images import load_image
-
     if not question.strip():
         raise InputError("The question is empty. Write one after the images, in quotes.")
     if "\n" not in question and len(question) < 256 and Path(question).is_file():
         raise InputError(f"The last word must be the question, but {question!r} is a file. Add a question.")
-    if not any(map(is_volume, files)) and (index is not None or window is not None):
-        raise InputError("--slice and --window are for NIfTI volumes (.nii, .nii.gz).")
-    return [slice_of(file, axis, index, window) if is_volume(file) else load_image(file) for file in files]
+    return [picture_of(file, axis, index, window) for file in files]
 
 
 @app.command()

@@ -26,7 +26,9 @@ def errors_in_one_line() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it becomes an error
             yield
-    except (MedPLIBError, OSError) as error:
+    except (MedPLIBError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and "pip install" not in str(error):
+            raise  # a mistake in a package, not an extra that is needed
         typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(2) from None
 

@@ -1,4 +1,4 @@
-"""NIfTI volumes on the command line: which files are some, and which slices are meant."""
+"""Volumes and frames on the command line: which files are some, and which slices are meant."""
 
 from __future__ import annotations
 
@@ -12,33 +12,37 @@ from medplib.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-    from medplib.io.volume import Volume
-
 
 def is_volume(file: str) -> bool:
     """Whether this is the name of a NIfTI file."""
     return file.lower().endswith((".nii", ".nii.gz"))
 
 
-def open_volume(file: str, window: tuple[float, float] | None) -> Volume:
-    """As `load_volume`; without nibabel an InputError, which is one line on the terminal."""
-    from medplib.io.volume import load_volume
+def picture_of(file: str, axis: str, index: int | None, window: tuple[float, float] | None) -> np.ndarray:
+    """An image file, a slice of a NIfTI volume or a frame of a DICOM file as a picture, uint8 (h, w, 3).
 
-    try:
-        return load_volume(file, window)
-    except ImportError as error:
-        raise InputError(str(error)) from error
+    window: the lowest and the highest value shown. Raises InputError, also where no slice is named.
+    """
+    if is_volume(file):
+        from medplib.io.volume import load_volume
 
+        opened = load_volume(file, window)
+        if index is None:
+            raise InputError(
+                f"{file!r} is a volume: name a slice with --slice N, from 0 to {opened.numbers(axis)[-1]} "
+                f"({axis}); or draw in all of them with `medplib segment`."
+            )
+        return opened.picture(axis, index)
+    from medplib.io.images import is_dicom, load_image
 
-def slice_of(file: str, axis: str, index: int | None, window: tuple[float, float] | None) -> np.ndarray:
-    """A slice as a picture, uint8 (h, w, 3). Raises InputError, also where no slice is named."""
-    opened = open_volume(file, window)
-    if index is None:
-        raise InputError(
-            f"{file!r} is a volume: name a slice with --slice N, from 0 to {opened.numbers(axis)[-1]} "
-            f"({axis}); or draw in all of them with `medplib segment`."
-        )
-    return opened.picture(axis, index)
+    if index is None and window is None:
+        return load_image(file)
+    if not is_dicom(file):
+        raise InputError(f"--slice and --window are for NIfTI volumes and DICOM, not for {file!r}.")
+    from medplib.io.dicom import read_dicom
+
+    low, high = window or (0, 0)
+    return read_dicom(file, index, window and ((low + high) / 2, high - low))
 
 
 def parse_slices(text: str | None) -> range | None:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from medplib.errors import InputError, is_number
 from medplib.io.dicom_display import grey, turned
-from medplib.io.images import _check_finite, _rescale, _to_rgb, check_size, from_file
+from medplib.io.images import check_finite, check_size, from_file, rescale, to_rgb
 
 _MAX_INFLATED = 1 << 28  # bytes of a deflated file
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
@@ -161,16 +161,16 @@ def _decode(
     _adopt_groups(header, frame)
     array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)  # (H, W) or (H, W, 3)
     if array.dtype.kind == "f":
-        _check_finite(array, name)
+        check_finite(array, name)
     if array.ndim == 3:
-        array = _rescale(array, 0, 2**header.BitsStored - 1)
+        array = rescale(array, 0, 2**header.BitsStored - 1)
     elif header.PhotometricInterpretation == "PALETTE COLOR":
         array = apply_color_lut(array, header)  # (H, W, 3)
         depth = min(header.RedPaletteColorLookupTableDescriptor[2], 8 * array.dtype.itemsize)
-        array = _rescale(array, 0, 2**depth - 1)
+        array = rescale(array, 0, 2**depth - 1)
     else:
         array = grey(array, header, window, notes)
-    return _to_rgb(turned(array, header), None), notes
+    return to_rgb(turned(array, header), None), notes
 
 
 # ------------------------------------------------------------------------------------------ header

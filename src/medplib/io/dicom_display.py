@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medplib.errors import is_number
-from medplib.io.images import _BAND, _rescale, _stretch
+from medplib.io.images import BAND, rescale, stretch
 
 _FUNCTIONS = {"LINEAR": 1.0, "LINEAR_EXACT": 1e-9, "SIGMOID": 1e-9}  # the least width
 
@@ -44,12 +44,12 @@ def _as_stored(array: np.ndarray, header: Any) -> np.ndarray:
 
     slope = _slope(header)
     if array.dtype == np.uint8 and not header.get("ModalityLUTSequence"):
-        out = _rescale(array, 0, 2**header.BitsStored - 1)
+        out = rescale(array, 0, 2**header.BitsStored - 1)
     else:
         counted = _without_padding(array, header)
         if header.get("ModalityLUTSequence"):
             array, counted = (apply_modality_lut(a.astype(np.int64), header) for a in (array, counted))
-        out = _stretch(array, counted)  # a slope does not change what this gives, but for its sign
+        out = stretch(array, counted)  # a slope does not change what this gives, but for its sign
     return 255 - out if slope < 0 else out
 
 
@@ -59,7 +59,7 @@ def _through(show: Callable[[np.ndarray], np.ndarray], array: np.ndarray, header
 
     _slope(header)
     out = np.empty(array.shape, np.uint8)
-    step = max(1, _BAND // array.shape[1])  # rows at a time, to keep the memory of large images small
+    step = max(1, BAND // array.shape[1])  # rows at a time, to keep the memory of large images small
     for top in range(0, len(array), step):
         part = array[top : top + step]
         part = part if part.dtype.kind == "f" else part.astype(np.int64)
@@ -93,7 +93,7 @@ def _voi(
 
         def look_up(values: np.ndarray) -> np.ndarray:
             inside = np.rint(values).clip(first, first + count - 1).astype(np.int64)
-            return _rescale(apply_voi(inside, header), 0, 2**depth - 1)
+            return rescale(apply_voi(inside, header), 0, 2**depth - 1)
 
         return look_up
     function = "LINEAR_EXACT"

@@ -34,7 +34,7 @@ _VOLUMES = {
     "NRRD": (".nrrd", ".nhdr"),
 }
 _ORIENTATION = 0x0112  # EXIF tag
-_BAND = 1 << 20  # values stretched at a time, to keep the memory of large images small
+BAND = 1 << 20  # values stretched at a time, to keep the memory of large images small
 _SAMPLE = 1 << 22  # values that percentiles are taken from
 
 
@@ -64,6 +64,19 @@ def load_image(source: Any) -> np.ndarray:
         f"An image must be a path, bytes, a Pillow image, a numpy array or a torch tensor, "
         f"got {type(source).__name__}."
     )
+
+
+def is_dicom(path: str | os.PathLike) -> bool:
+    """Whether the file at this path is DICOM by its content, or by its name."""
+    try:
+        with open(path, "rb") as file:
+            return _says_dicom(file)
+    except OSError:
+        return False
+
+
+def _says_dicom(file: BinaryIO) -> bool:
+    return file.read(132)[128:] == b"DICM" or str(getattr(file, "name", "")).lower().endswith(_DICOM)
 
 
 def check_size(height: int, width: int, name: str) -> None:
@@ -118,7 +131,7 @@ def from_file(source: Any, read: Callable[[BinaryIO, str], Any]) -> Any:
 
 
 def _from_stream(file: BinaryIO, name: str) -> np.ndarray:
-    if file.read(132)[128:] == b"DICM" or str(getattr(file, "name", "")).lower().endswith(_DICOM):
+    if _says_dicom(file):
         from medplib.io.dicom import decode
 
         return decode(file, name)
@@ -146,7 +159,8 @@ def _open(file: Any, name: str) -> Image.Image:
 def _unreadable_kind(name: str, kind: str) -> InputError:
     return InputError(
         f"{name} is a {kind} file, which is not read. Readable: {_READABLE}. "
-        "Export the slice you need, as a 16-bit PNG for example."
+        "Give a slice of it: of NIfTI what medplib.io.volume.load_volume(path).picture('axial', 40) returns, "
+        "of others a 16-bit PNG, for example."
     )
 
 
@@ -174,11 +188,11 @@ def _from_pillow(image: Image.Image, name: str) -> np.ndarray:
     except Exception as error:  # decoders answer damaged files with errors of many types
         raise _damaged(name, error) from error
     if array.dtype != np.uint8 or deep_colour:
-        _check_finite(array, name)
-        array = _stretch(array)
+        check_finite(array, name)
+        array = stretch(array)
     if inverted:
         array = 255 - array
-    return _to_rgb(array, alpha)
+    return to_rgb(array, alpha)
 
 
 def _samples(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
@@ -200,7 +214,7 @@ def _samples(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
 
 def _bands(image: Image.Image, mode: str) -> Iterator[tuple[slice, np.ndarray]]:
     """(rows, values of these rows in this mode): a large image is not copied as a whole."""
-    step = max(1, _BAND // image.width)
+    step = max(1, BAND // image.width)
     for top in range(0, image.height, step):
         rows = slice(top, min(top + step, image.height))
         yield rows, np.asarray(image.crop((0, rows.start, image.width, rows.stop)).convert(mode))
@@ -257,17 +271,17 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
         hint = "array[0]" if array.ndim > 3 else "a two-dimensional array"
         raise InputError(f"{name} must be (height, width) or (height, width, channels); give {hint}.")
     check_size(array.shape[0], array.shape[1], name)
-    _check_finite(array, name)
+    check_finite(array, name)
     alpha = None
     if array.ndim == 3 and array.shape[2] == 4:
         alpha = _opacity(array, name)
         array = array[..., :3]
     elif array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    return _to_rgb(_to_uint8(array), alpha)
+    return to_rgb(_to_uint8(array), alpha)
 
 
-def _check_finite(array: np.ndarray, name: str) -> None:
+def check_finite(array: np.ndarray, name: str) -> None:
     if array.dtype.kind == "f":
         bad = array.size - int(np.count_nonzero(np.isfinite(array)))
         if bad:
@@ -293,11 +307,11 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "b":
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind == "f" and array.min() >= -1e-3 and array.max() <= 1 + 1e-3:  # room for rounding
-        return _rescale(array, 0.0, 1.0)
-    return _stretch(array)
+        return rescale(array, 0.0, 1.0)
+    return stretch(array)
 
 
-def _stretch(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+def stretch(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """uint8 with the percentiles of WINDOW at 0 and 255; minimum and maximum where the percentiles agree.
 
     `counted` are the values that percentiles are taken from, by default all of the array.
@@ -306,28 +320,28 @@ def _stretch(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray
     low, high = np.percentile(flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64), WINDOW)
     if high <= low:
         low, high = float(flat.min()), float(flat.max())
-    return _rescale(array, float(low), float(high))
+    return rescale(array, float(low), float(high))
 
 
-def _rescale(array: np.ndarray, low: float, high: float) -> np.ndarray:
+def rescale(array: np.ndarray, low: float, high: float) -> np.ndarray:
     """uint8 of the same shape: `low` becomes 0, `high` 255, linear between, rounded. All 0 if they agree."""
     out = np.zeros(array.shape, np.uint8)
     if not high > low:
         return out
     values, target = np.ascontiguousarray(array).reshape(-1), out.reshape(-1)  # a view of `out`
-    for start in range(0, values.size, _BAND):
-        part = (values[start : start + _BAND].astype(np.float64) - low) / (high - low)
-        target[start : start + _BAND] = (part.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    for start in range(0, values.size, BAND):
+        part = (values[start : start + BAND].astype(np.float64) - low) / (high - low)
+        target[start : start + BAND] = (part.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return out
 
 
-def _to_rgb(array: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+def to_rgb(array: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
     """uint8 (H, W) or (H, W, 3), opacity (H, W) or None -> uint8 (H, W, 3), on black. May change `array`."""
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)  # (H, W, 3)
     if alpha is not None:
         opaque = 1.0 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max
-        step = max(1, _BAND // array.shape[1])
+        step = max(1, BAND // array.shape[1])
         for top in range(0, array.shape[0], step):
             weight = alpha[top : top + step, :, None].astype(np.float32) / opaque
             array[top : top + step] = (array[top : top + step] * weight + 0.5).astype(np.uint8)

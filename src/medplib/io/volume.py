@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError
-from medplib.io.images import _rescale, _stretch, check_size
+from medplib.io.images import check_size, rescale, stretch
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -49,7 +49,7 @@ class Volume:
         values = self.values
         if values.dtype.kind == "f":
             values = np.nan_to_num(values)
-        return _stretch(values) if self.window is None else _rescale(values, *self.window)
+        return stretch(values) if self.window is None else rescale(values, *self.window)
 
     def numbers(self, axis: str, chosen: Iterable[int] | None = None) -> list[int]:
         """The numbers of these slices in order, of all for None. Raises InputError for what is not there."""
