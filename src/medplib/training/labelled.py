@@ -44,7 +44,8 @@ class LabelledImages(Dataset):
     """A map from step to a list of `batch_size` Labelled images (through `make`, to what the trainer takes).
 
     weights: {data set: share}; "phantoms" is the share of procedural images, "pet" that of PET simulated from
-    the chest CT images. table, removal: chances of `augment`'s patient table and of `take_out`.
+    the chest CT images. table, removal: chances of `augment`'s patient table and of `take_out`; unchanged: the
+    chance that an image is not augmented.
     Raises InputError for a data set without images.
     """
 
@@ -59,6 +60,7 @@ class LabelledImages(Dataset):
         make: Callable[[list[Labelled], np.random.Generator], object] | None = None,
         table: float = 0.0,
         removal: float = 0.0,
+        unchanged: float = 0.0,
     ) -> None:
         self.by_dataset: dict[str, list[tuple]] = {}
         for s in samples:
@@ -73,7 +75,7 @@ class LabelledImages(Dataset):
         self.names, shares = list(weights), np.array(list(weights.values()), dtype=float)
         self.shares = shares / shares.sum()
         self.steps, self.batch_size, self.seed, self.make = steps, batch_size, seed, make
-        self.table, self.removal = table, removal
+        self.table, self.removal, self.unchanged = table, removal, unchanged
 
     def __len__(self) -> int:
         return self.steps
@@ -100,7 +102,8 @@ class LabelledImages(Dataset):
         stack = np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool)
         if rng.random() < self.removal:
             image, stack, names = take_out(image, stack, names, rng)
-        image, stack = augment(image, stack, rng, modality=s.modality, names=names, table=self.table)
+        if not self.unchanged or rng.random() >= self.unchanged:
+            image, stack = augment(image, stack, rng, modality=s.modality, names=names, table=self.table)
         keep = [i for i in range(len(names)) if stack[i].sum() >= MIN_PIXELS]
         return Labelled(image, stack[keep], tuple(names[i] for i in keep), s.modality, s.dataset, s.tier)
 

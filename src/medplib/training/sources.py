@@ -51,6 +51,7 @@ class MiniQuestions:
     tasks      of MINI_TASKS, or {kind of question: share}
     weights    {data set: share}
     table, removal  chances of a table in the picture and of a structure taken out of it
+    unchanged  the chance that an image is not augmented
 
     Raises InputError for values that cannot be used.
     """
@@ -65,18 +66,19 @@ class MiniQuestions:
         weights: Mapping[str, float] | None = None,
         table: float = 0.5,
         removal: float = 0.0,
+        unchanged: float = 0.0,
     ) -> None:
         from medplib.training.conversations import QuestionDraws
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
-                         "table": table, "removal": removal}  # fmt: skip
+                         "table": table, "removal": removal, "unchanged": unchanged}  # fmt: skip
         _check_range({"per_image": per_image, "per_epoch": per_epoch}, 1, None)
-        _check_range({"table": table, "removal": removal}, 0, 1)
+        _check_range({"table": table, "removal": removal, "unchanged": unchanged}, 0, 1)
         if weights is not None:
             _check_shares("weights", weights)
         mix = _task_shares(tasks)
         shares = None if weights is None else tuple(sorted(weights.items()))
-        self.images, vocabulary, count = _mini_images(split, shares, table, removal)
+        self.images, vocabulary, count = _mini_images(split, shares, table, removal, unchanged)
         self.questions = QuestionDraws(QuestionMaker(vocabulary), mix)
         self.per_image, self.length, self.split = per_image, per_epoch or count, split
 
@@ -119,7 +121,7 @@ class MiniQuestions:
 
 
 @lru_cache(maxsize=4)
-def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float):
+def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float, unchanged: float):
     """The images of a split, read once for all sources; {structure: its data sets}; how many there are."""
     from medplib.training.labelled import SHARES, LabelledImages
 
@@ -129,7 +131,9 @@ def _mini_images(split: str | None, shares: tuple | None, table: float, removal:
         for structure in s.structures:
             vocabulary.setdefault(structure.name, set()).add(s.dataset)
     weights = dict(shares) if shares else SHARES
-    images = LabelledImages(samples, weights, steps=1, batch_size=1, seed=0, table=table, removal=removal)
+    images = LabelledImages(
+        samples, weights, steps=1, batch_size=1, seed=0, table=table, removal=removal, unchanged=unchanged
+    )
     return images, vocabulary, len(samples)
 
 
