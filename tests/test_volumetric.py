@@ -267,7 +267,7 @@ def test_the_command_asks_about_a_slice(tmp_path, chest):
         (("ask", "examples/images/chest_ct.png", "What?", "--slice", "9"), "--slice and --window are for"),
         (("segment", "{}", "body", "--slices", "4:"), "--slices needs FIRST:LAST"),
         (("segment", "{}", "body", "--axis", "up"), "axis must be one of"),
-        (("segment", "examples/images/chest_ct.png", "body", "--slices", "4"), "--slices is for NIfTI"),
+        (("segment", "examples/images/chest_ct.png", "body", "--slices", "4"), "--slices is for volumes"),
         (("segment", "examples/images/chest_ct.png", "body", "--window", "0", "9"), "and DICOM, not for"),
         (("segment", "nowhere.nii.gz", "body"), "Check that it is there"),
     ],

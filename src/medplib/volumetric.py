@@ -138,12 +138,13 @@ def segment_volume(
 ) -> VolumeAnswer:
     """Ask `model` for each structure in each slice of a volume, and put the masks together.
 
-    source: a NIfTI file, or a Volume. target: "the right lung", or a list of names. axis: "axial", "coronal"
-    or "sagittal": how the volume is cut. slices: their numbers from the patient's feet, back or left side on;
-    by default all. window: the stored values shown as black and white, the same for all slices (for a CT in
-    Hounsfield units, say, (-1000, 400)); by default the 0.5 and 99.5 percentiles of the volume. Slices whose
-    voxels are no squares are shown with square pixels. batch_size: slices answered together. progress: called
-    with (slices done, of how many). options: as for `MedPLIB.answer`.
+    source: a NIfTI file, the folder of a DICOM series, or a Volume. target: "the right lung", or a list of
+    names. axis: "axial", "coronal" or "sagittal": how the volume is cut. slices: their numbers from the
+    patient's feet, back or left side on; by default all. window: the stored values shown as black and white,
+    the same for all slices (for a CT in Hounsfield units, say, (-1000, 400)); by default what a DICOM header
+    says, else the 0.5 and 99.5 percentiles of the volume. Slices whose voxels are no squares are shown with
+    square pixels. batch_size: slices answered together. progress: called with (slices done, of how many).
+    options: as for `MedPLIB.answer`.
 
     Each slice is looked at by itself: nothing makes neighbours agree. Raises InputError for a volume, axis,
     slice or window that cannot be used, before the model is asked.

@@ -79,7 +79,7 @@ _Mask = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="Ask about the non-zero pixels of this image. Repeatable."),
 ]
-_Axis = Annotated[str, typer.Option(help="How a NIfTI volume is cut: axial, coronal or sagittal.")]
+_Axis = Annotated[str, typer.Option(help="How a volume is cut: axial, coronal or sagittal.")]
 _Window = Annotated[
     tuple[float, float] | None,
     typer.Option(
@@ -170,7 +170,9 @@ def _ask_batch(
 
 @app.command()
 def segment(
-    image: Annotated[str, typer.Argument(metavar="FILE", help="An image, or a NIfTI volume.")],
+    image: Annotated[
+        str, typer.Argument(metavar="FILE", help="An image, a NIfTI volume, or the folder of a DICOM series.")
+    ],
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help='What to draw, "right lung".')],
     model: _ModelName = "medplib-tiny",
     out: _Out = None,
@@ -187,7 +189,7 @@ def segment(
     device_map: _DeviceMap = None,
     as_json: _AsJson = False,
 ) -> None:
-    """Draw what is named in an image, or in every slice of a NIfTI volume.
+    """Draw what is named in an image, or in every slice of a volume.
 
     Of a volume --out gets one .nii.gz per name, which lies on the volume voxel by voxel.
     """
@@ -197,7 +199,7 @@ def segment(
         check_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
-                raise InputError("--slices is for NIfTI volumes (.nii, .nii.gz).")
+                raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
             picture = picture_of(image, axis, None, window)
             loaded = load_model(model, device, dtype, quantize, device_map)
             answer = loaded.segment(picture, names, seed=seed)

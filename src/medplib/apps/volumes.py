@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def is_volume(file: str) -> bool:
-    """Whether this is the name of a NIfTI file."""
-    return file.lower().endswith((".nii", ".nii.gz"))
+    """Whether this is the name of a NIfTI file, or a folder, which then holds a DICOM series."""
+    return file.lower().endswith((".nii", ".nii.gz")) or os.path.isdir(file)
 
 
 def picture_of(file: str, axis: str, index: int | None, window: tuple[float, float] | None) -> np.ndarray:
-    """An image file, a slice of a NIfTI volume or a frame of a DICOM file as a picture, uint8 (h, w, 3).
+    """An image file, a slice of a volume or a frame of a DICOM file as a picture, uint8 (h, w, 3).
 
     window: the lowest and the highest value shown. Raises InputError, also where no slice is named.
     """
@@ -38,7 +39,7 @@ def picture_of(file: str, axis: str, index: int | None, window: tuple[float, flo
     if index is None and window is None:
         return load_image(file)
     if not is_dicom(file):
-        raise InputError(f"--slice and --window are for NIfTI volumes and DICOM, not for {file!r}.")
+        raise InputError(f"--slice and --window are for volumes and DICOM, not for {file!r}.")
     from medplib.io.dicom import read_dicom
 
     low, high = window or (0, 0)

@@ -16,10 +16,10 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,7 @@ from medplib.errors import InputError, is_number
 from medplib.io.dicom_display import grey, turned
 from medplib.io.images import check_finite, check_size, from_file, rescale, to_rgb
 
+T = TypeVar("T")
 _MAX_INFLATED = 1 << 28  # bytes of a deflated file
 _PIXELS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 _BITS = {"FloatPixelData": (32,), "DoubleFloatPixelData": (64,), "PixelData": (1, 8, 16, 32)}
@@ -39,12 +40,16 @@ _NATIVE = tuple(
     f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2")
 )  # syntaxes without compression
 _SIZE = ("rows", "columns", "samples_per_pixel", "bits_allocated", "number_of_frames")
-_GROUPS = ("PlaneOrientationSequence", "PixelValueTransformationSequence", "FrameVOILUTSequence")
+_GROUPS = (
+    *("PlaneOrientationSequence", "PlanePositionSequence", "PixelMeasuresSequence"),
+    *("PixelValueTransformationSequence", "FrameVOILUTSequence"),
+)
 _TAGS = """
     SOPClassUID Modality NumberOfFrames Rows Columns SamplesPerPixel PhotometricInterpretation BitsAllocated
     BitsStored PixelRepresentation PlanarConfiguration PixelPaddingValue PixelPaddingRangeLimit RescaleSlope
     RescaleIntercept ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence
-    ImageOrientationPatient SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
+    ImageOrientationPatient ImagePositionPatient PixelSpacing SeriesInstanceUID
+    SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
     ExtendedOffsetTable ExtendedOffsetTableLengths RedPaletteColorLookupTableDescriptor
     RedPaletteColorLookupTableData GreenPaletteColorLookupTableData BluePaletteColorLookupTableData
     SegmentedRedPaletteColorLookupTableData SegmentedGreenPaletteColorLookupTableData
@@ -109,24 +114,47 @@ def decode(
     file: BinaryIO, name: str, frame: int | None = None, window: tuple[float, float] | None = None
 ) -> np.ndarray:
     """What `read_dicom` does, of an open file that messages call `name`."""
+    picture, notes = guarded(file, name, lambda: _decode(file, name, frame, window))
+    for note in notes:
+        warnings.warn(f"{name} {note}", stacklevel=5)
+    return picture
+
+
+def guarded(file: BinaryIO, name: str, work: Callable[[], T]) -> T:
+    """What `work` gives of the file; whatever it raises becomes an InputError that quotes nothing of it.
+
+    pydicom is silenced meanwhile. Raises ImportError without it.
+    """
     try:
         import pydicom  # noqa: F401
     except ImportError as error:
         raise ImportError(f"{name} is DICOM, which needs pydicom: pip install 'medplib[medical]'.") from error
     try:
         with _silent():
-            picture, notes = _decode(file, name, frame, window)
+            return work()
     except InputError:
         raise
     except Exception as error:  # pydicom and the decoders answer damaged files with errors of many types
-        picture, reason = None, type(error).__name__  # and with texts that may hold values of the header
-    if picture is None:
-        file.seek(128)
-        damage = f"is a damaged DICOM file ({reason}). Export or copy it again."
-        raise InputError(f"{name} {damage if file.read(4) == b'DICM' else _HEADLESS}")
-    for note in notes:
-        warnings.warn(f"{name} {note}", stacklevel=5)
-    return picture
+        reason = type(error).__name__  # and with texts that may hold values of the header
+    file.seek(128)
+    damage = f"is a damaged DICOM file ({reason}). Export or copy it again."
+    raise InputError(f"{name} {damage if file.read(4) == b'DICM' else _HEADLESS}")
+
+
+def open_frame(file: BinaryIO, name: str, frame: int | None = None) -> tuple[np.ndarray, Any, int]:
+    """(stored values (H, W) or colours (H, W, 3), header with what its groups say of the frame, of how many).
+
+    For `guarded`. frame: from 0; None for the first.
+    """
+    file, header, options = _header(file, name)
+    frames, frame = options["number_of_frames"], frame or 0
+    if not 0 <= frame < frames:
+        raise InputError(f"{name} has no frame {frame}; its frames are 0 to {frames - 1}.")
+    _adopt_groups(header, frame)
+    array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)
+    if array.dtype.kind == "f":
+        check_finite(array, name)
+    return array, header, frames
 
 
 @contextmanager
@@ -151,17 +179,10 @@ def _decode(
     """The picture uint8 (H, W, 3), and what to warn of."""
     from pydicom.pixels import apply_color_lut
 
-    file, header, options = _header(file, name)
-    notes, frames = [], options["number_of_frames"]
+    array, header, frames = open_frame(file, name, frame)
+    notes = []
     if frame is None and frames > 1:
         notes.append(f"has {frames} frames; the first is read. medplib.io.dicom.read_dicom reads any.")
-    frame = frame or 0
-    if not 0 <= frame < frames:
-        raise InputError(f"{name} has no frame {frame}; its frames are 0 to {frames - 1}.")
-    _adopt_groups(header, frame)
-    array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)  # (H, W) or (H, W, 3)
-    if array.dtype.kind == "f":
-        check_finite(array, name)
     if array.ndim == 3:
         array = rescale(array, 0, 2**header.BitsStored - 1)
     elif header.PhotometricInterpretation == "PALETTE COLOR":

@@ -25,6 +25,30 @@ def grey(array: np.ndarray, header: Any, window: tuple[float, float] | None, not
     return 255 - out if inverted else out
 
 
+def in_units(array: np.ndarray, header: Any) -> np.ndarray:
+    """Stored values (H, W) -> float32 in the file's units, Hounsfield units in CT; padding at the lowest."""
+    from pydicom.pixels import apply_modality_lut
+
+    _slope(header)
+    kept = _no_padding(array, header)
+    stored = array if array.dtype.kind == "f" else array.astype(np.int64)
+    values = apply_modality_lut(stored, header).astype(np.float32)
+    values[~kept] = values[kept].min()
+    return values
+
+
+def header_window(header: Any) -> tuple[float, float, str] | None:
+    """(centre, width, function) of the first window, None without one. Raises ValueError for a bad one."""
+    given = [header.get(key) for key in ("WindowCenter", "WindowWidth")]
+    if any(value is None or value == "" for value in given):
+        return None
+    centre, width = (float(np.ravel(value)[0]) for value in given)
+    function = str(header.get("VOILUTFunction") or "LINEAR").upper()
+    if not is_number(centre) or not is_number(width) or width < _FUNCTIONS.get(function, np.inf):
+        raise ValueError("window")
+    return centre, width, function
+
+
 def turned(picture: np.ndarray, header: Any) -> np.ndarray:
     """An axial CT or MR slice with the patient's right on its left, anterior on top; others as they are."""
     cosines = header.get("ImageOrientationPatient")
@@ -46,7 +70,7 @@ def _as_stored(array: np.ndarray, header: Any) -> np.ndarray:
     if array.dtype == np.uint8 and not header.get("ModalityLUTSequence"):
         out = rescale(array, 0, 2**header.BitsStored - 1)
     else:
-        counted = _without_padding(array, header)
+        counted = array[_no_padding(array, header)]
         if header.get("ModalityLUTSequence"):
             array, counted = (apply_modality_lut(a.astype(np.int64), header) for a in (array, counted))
         out = stretch(array, counted)  # a slope does not change what this gives, but for its sign
@@ -96,19 +120,16 @@ def _voi(
             return rescale(apply_voi(inside, header), 0, 2**depth - 1)
 
         return look_up
-    function = "LINEAR_EXACT"
-    if window is None:
-        given = [header.get(key) for key in ("WindowCenter", "WindowWidth")]
-        if any(value is None or value == "" for value in given):
-            return None
-        window = tuple(float(np.ravel(value)[0]) for value in given)
-        function = str(header.get("VOILUTFunction") or "LINEAR").upper()
-        if not all(map(is_number, window)) or window[1] < _FUNCTIONS.get(function, np.inf):
-            notes.append("has a window that cannot be used; it is shown as if it had none.")
-            return None
+    try:
+        found = header_window(header) if window is None else (*window, "LINEAR_EXACT")
+    except ValueError:
+        notes.append("has a window that cannot be used; it is shown as if it had none.")
+        found = None
+    if found is None:
+        return None
     scale = Dataset()  # windowed values fill the range of its bits
     scale.PhotometricInterpretation, scale.PixelRepresentation, scale.BitsStored = "MONOCHROME2", 0, 8
-    scale.WindowCenter, scale.WindowWidth, scale.VOILUTFunction = *window, function
+    scale.WindowCenter, scale.WindowWidth, scale.VOILUTFunction = found
     return lambda values: (apply_windowing(values, scale) + 0.5).astype(np.uint8)
 
 
@@ -121,11 +142,11 @@ def _describe(table: Any) -> tuple[int, int, int]:
     return count or 1 << 16, first, depth
 
 
-def _without_padding(array: np.ndarray, header: Any) -> np.ndarray:
-    """The stored values that are no padding; all of them if nothing else is left."""
+def _no_padding(array: np.ndarray, header: Any) -> np.ndarray:
+    """bool, of the form of the stored values: what is no padding; all of it if nothing else is left."""
     one = header.get("PixelPaddingValue")
     ends = (one, header.get("PixelPaddingRangeLimit", one))
     if not all(isinstance(end, int) for end in ends):
-        return array
-    kept = array[(array < min(ends)) | (array > max(ends))]
-    return kept if kept.size else array
+        return np.ones(array.shape, bool)
+    kept = (array < min(ends)) | (array > max(ends))
+    return kept if kept.any() else ~kept

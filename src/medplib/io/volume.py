@@ -1,4 +1,4 @@
-"""Volumes: NIfTI files as arrays that lie the same way, slices as a radiologist sees them, masks back again.
+"""Volumes: scans as arrays that lie the same way, slices as a radiologist sees them, masks back again.
 
 x, y, z: voxels in RAS, numbered towards the patient's right, front and head; i, j, k: as the file has them.
 H, W height and width of a slice; h, w of its picture, whose pixels are square. Needs nibabel (`medical`).
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError
-from medplib.io.images import check_size, rescale, stretch
+from medplib.io.images import check_size, is_dicom, rescale, stretch
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -119,13 +119,32 @@ class Volume:
 
 
 def load_volume(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
-    """A NIfTI file -> Volume; the last two of each process are kept.
+    """A NIfTI file, or a DICOM series as `medplib.io.series` reads it -> Volume.
 
-    Raises InputError for a file that cannot be read or is not three-dimensional, ImportError without nibabel.
+    The last two NIfTI files of each process are kept. window: the lowest and highest value shown. Raises
+    InputError for what cannot be read or is not three-dimensional, ImportError without nibabel.
     """
-    values, affine, orientation = _read_at(path)
+    if os.path.isdir(path) or is_dicom(path):
+        from medplib.io.series import load_series
+
+        return load_series(path, window)
+    return _volume(*_read_at(path), os.fspath(path), window)
+
+
+def volume_of(
+    values: np.ndarray, affine: np.ndarray, name: str, window: tuple[float, float] | None = None
+) -> Volume:
+    """values (i, j, k) and their affine (4, 4), from voxel to mm in RAS -> Volume."""
+    import nibabel
+
+    image = nibabel.Nifti1Image(values, affine)
+    canonical = np.asanyarray(nibabel.as_closest_canonical(image).dataobj)
+    return _volume(canonical, affine, nibabel.io_orientation(affine), name, window)
+
+
+def _volume(values, affine, orientation, name: str, window) -> Volume:
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))[np.argsort(orientation[:, 0])]
-    return Volume(values, tuple(map(float, spacing)), os.fspath(path), window, (affine, orientation))
+    return Volume(values, tuple(map(float, spacing)), name, window, (affine, orientation))
 
 
 def volume(path: str) -> np.ndarray:

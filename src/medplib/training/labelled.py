@@ -44,8 +44,8 @@ class LabelledImages(Dataset):
     """A map from step to a list of `batch_size` Labelled images (through `make`, to what the trainer takes).
 
     weights: {data set: share}; "phantoms" is the share of procedural images, "pet" that of PET simulated from
-    the chest CT images. table, removal: chances of `augment`'s patient table and of `take_out`; unchanged: the
-    chance that an image is not augmented.
+    the chest CT images. table, removal, unchanged: chances of `augment`'s patient table, of `take_out`, and
+    of an image that is not augmented.
     Raises InputError for a data set without images.
     """
 

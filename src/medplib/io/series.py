@@ -1,0 +1,147 @@
+"""DICOM series: the slices of one scan, in a folder or as the frames of one file, as a Volume. Needs pydicom.
+
+S slices of H rows and W columns. Of the headers geometry, window and pixels are used, and nothing is quoted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from medplib.errors import InputError
+from medplib.io.dicom import guarded, open_frame
+from medplib.io.dicom_display import header_window, in_units
+from medplib.io.images import from_file, is_dicom
+from medplib.io.volume import MAX_VOXELS, Volume, volume_of
+
+TOLERANCE = 0.01  # of the distance between slices, and of the directions of rows and columns
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """values float32 (H, W); place (3,) mm of the first pixel; axes (2, 3): along a row, along a column;
+    spacing (2,): mm between rows, between columns."""
+
+    values: np.ndarray
+    place: np.ndarray
+    axes: np.ndarray
+    spacing: np.ndarray
+    series: str
+    window: tuple[float, float] | None
+    frames: int
+
+
+def load_series(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
+    """The DICOM files of a folder, which are one series, or the frames of one file -> Volume.
+
+    Slices are ordered by where they lie. Values are in the files' units, Hounsfield units in CT. window: the
+    lowest and highest value shown, by default the window of the first slice. Files that are no DICOM, and a
+    DICOMDIR, are passed over. Raises InputError for several series, slices of different size or direction,
+    gaps, and images without a place in the patient.
+    """
+    name = f"The series {os.fspath(path)!r}"
+    slices = _read_all(Path(path).expanduser(), name)
+    slices = _ordered(slices, name)
+    first = slices[0]
+    step = (slices[-1].place - first.place) / (len(slices) - 1)
+    affine = np.eye(4)  # columns, rows, slices -> mm towards the patient's left, back and head
+    affine[:3, :] = np.stack(
+        [first.axes[0] * first.spacing[1], first.axes[1] * first.spacing[0], step, first.place], 1
+    )
+    values = np.stack([s.values.T for s in slices], axis=-1)  # (W, H, S)
+    return volume_of(
+        values, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, os.fspath(path), window or first.window
+    )
+
+
+def _read_all(path: Path, name: str) -> list[_Slice]:
+    """Every frame of every DICOM file. Raises InputError as soon as there are two series."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and p.name != "DICOMDIR" and is_dicom(p))
+    if not files:
+        raise InputError(f"{name} holds no DICOM files. Give the folder with the slices.")
+    found: list[_Slice] = []
+    for file in files:
+        frame, frames = 0, 1
+        while frame < frames:
+            found.append(from_file(file, functools.partial(_read, frame=frame)))
+            frame, frames = frame + 1, found[-1].frames
+            if found[-1].series != found[0].series:
+                raise InputError(
+                    f"{name} holds more than one series. Put the files of one into a folder of its own."
+                )
+            if len(found) * found[0].values.size > MAX_VOXELS:
+                raise InputError(f"{name} has more than {MAX_VOXELS} voxels. Give a part of it.")
+    return found
+
+
+def _read(file: BinaryIO, name: str, frame: int) -> _Slice:
+    return guarded(file, name, lambda: _decode(file, name, frame))
+
+
+def _decode(file: BinaryIO, name: str, frame: int) -> _Slice:
+    array, header, frames = open_frame(file, name, frame)
+    if array.ndim != 2 or header.PhotometricInterpretation != "MONOCHROME2":
+        raise InputError(f"{name} is no slice of grey values; it cannot be part of a volume.")
+    places = [header.get(key) for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")]
+    place, axes, spacing = (np.array(value if value else [], float) for value in places)
+    if (place.size, axes.size, spacing.size) != (3, 6, 2) or not np.isfinite([*place, *axes, *spacing]).all():
+        raise InputError(f"{name} does not say where in the patient it lies. Ask about it as one picture.")
+    axes = axes.reshape(2, 3)
+    unit = np.abs(axes @ axes.T - np.eye(2)).max() < TOLERANCE
+    if not unit or not (spacing > 0).all():
+        raise InputError(f"{name} has directions or spacings that cannot be. Export it again.")
+    return _Slice(
+        in_units(array, header),
+        place,
+        axes,
+        spacing,
+        str(header.get("SeriesInstanceUID")),
+        _window(header),
+        frames,
+    )
+
+
+def _window(header: Any) -> tuple[float, float] | None:
+    """(lowest, highest) value of the header's linear window."""
+    try:
+        found = header_window(header)
+    except ValueError:
+        return None
+    if found is None or found[2] == "SIGMOID":
+        return None
+    return found[0] - found[1] / 2, found[0] + found[1] / 2
+
+
+def _ordered(slices: list[_Slice], name: str) -> list[_Slice]:
+    """By their place along the normal. Raises InputError unless they make one regular stack."""
+    first = slices[0]
+    if len(slices) < 2:
+        raise InputError(f"{name} has one slice only. Ask about it as one picture.")
+    for other in slices[1:]:
+        if other.values.shape != first.values.shape or not np.allclose(
+            other.spacing, first.spacing, rtol=TOLERANCE
+        ):
+            raise InputError(f"{name} holds slices of different sizes. Give those of one scan.")
+        if np.abs(other.axes - first.axes).max() > TOLERANCE:
+            raise InputError(f"{name} holds slices of different directions. Give those of one scan.")
+    normal = np.cross(*first.axes)
+    ordered = sorted(slices, key=lambda s: float(s.place @ normal))
+    along = np.array([s.place @ normal for s in ordered])
+    steps = np.diff(along)
+    usual = float(np.median(steps))
+    if usual <= 0 or steps.min() <= TOLERANCE * usual:
+        raise InputError(f"{name} holds several slices of one place. Give those of one point in time.")
+    if np.abs(steps - usual).max() > max(TOLERANCE * usual, 0.01):
+        gap = int(np.abs(steps - usual).argmax())
+        raise InputError(
+            f"{name} is no regular stack: slices {gap} and {gap + 1} are {steps[gap]:.3f} mm apart, most are "
+            f"{usual:.3f}. Add what is missing, or resample it."
+        )
+    return ordered
