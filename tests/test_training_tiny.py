@@ -148,7 +148,7 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
     model = rehearsal.train()
     out = rehearsal.out
     assert model.config.moe.experts == ["grounding", "vqa"]
-    stages = ("align", "vqa", "grounding", "mixture", "absence")
+    stages = ("align", "vqa", "grounding", "mixture", "absence", "settle")
     weights = {name: load_file(out / name / "model" / "model.safetensors") for name in stages}
     weights["words"] = load_file(out / "words" / "model.safetensors")
 
@@ -165,9 +165,12 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
     assert not moved("vqa", "grounding", "language_model.model.embed_tokens.")
     assert not moved("vqa", "grounding", "projector.")
     assert moved("mixture", "absence", "language_model.model.layers.0.mlp.gate.")
+    assert moved("absence", "settle", "mask_encoder.")
+    for closed in ("language_model.", "projector.", "vision_tower.", "prompt_encoder."):
+        assert not moved("absence", "settle", closed)
     released = load_file(out / "final" / "model.safetensors")
     assert {t.dtype for t in released.values() if t.is_floating_point()} == {torch.float16}
-    assert all(torch.equal(released[k], v.to(released[k].dtype)) for k, v in weights["absence"].items())
+    assert all(torch.equal(released[k], v.to(released[k].dtype)) for k, v in weights["settle"].items())
 
     times = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     again = rehearsal.train()  # what is finished is not done again
