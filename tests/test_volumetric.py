@@ -178,6 +178,21 @@ def test_nothing_of_the_header_is_copied(tiny, tmp_path, chest):
         assert canary not in (gzip.decompress(content) if file.suffix == ".gz" else content)
 
 
+def test_an_array_is_a_volume(tiny, tmp_path, chest):
+    volume = Volume(lying(chest[0]), (0.8, 0.8, 2.5), "made")
+    written = tiny.segment_volume(volume, "right lung", slices=[4], window=(0, 255)).save(tmp_path / "out")
+    saved = nibabel.load(written[0])
+    assert saved.shape == volume.values.shape
+    np.testing.assert_allclose(saved.affine, np.diag([0.8, 0.8, 2.5, 1]))
+    for values, spacing, message in (
+        (volume.values[0], (1, 1, 1), r"got uint8 \(256, 8\)"),
+        (volume.values, (1, 1), "three lengths above 0"),
+        (volume.values, (1, 1, 0), "three lengths above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Volume(values, spacing, "made")
+
+
 def test_other_planes_and_single_slices(tiny, tmp_path, chest):
     path = write(tmp_path / "ct.nii.gz", lying(chest[0]))
     answer = tiny.segment_volume(path, "body", axis="coronal", slices=range(100, 104), window=(0, 255))

@@ -182,7 +182,7 @@ def _decode(
     array, header, frames = open_frame(file, name, frame)
     notes = []
     if frame is None and frames > 1:
-        notes.append(f"has {frames} frames; the first is read. medplib.io.dicom.read_dicom reads any.")
+        notes.append(f"has {frames} frames; the first is read. medplib.io.read_dicom reads any.")
     if array.ndim == 3:
         array = rescale(array, 0, 2**header.BitsStored - 1)
     elif header.PhotometricInterpretation == "PALETTE COLOR":

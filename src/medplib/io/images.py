@@ -48,7 +48,7 @@ def load_image(source: Any) -> np.ndarray:
       become 0 and 255, one window for all colours. 16-bit colour files are stretched from their upper 8 bits.
     - Floats within [0, 1] are multiplied by 255; other floats are stretched like wide integers.
     - Transparent pixels are laid on black, palettes resolved, the EXIF orientation applied.
-    - A DICOM file is read as `medplib.io.dicom.read_dicom` says; that function also chooses frame and window.
+    - A DICOM file is read as `medplib.io.read_dicom` says; that function also chooses frame and window.
 
     Raises InputError for anything that cannot be read as a picture of at least 8 x 8 pixels.
     """
@@ -159,7 +159,7 @@ def _open(file: Any, name: str) -> Image.Image:
 def _unreadable_kind(name: str, kind: str) -> InputError:
     return InputError(
         f"{name} is a {kind} file, which is not read. Readable: {_READABLE}. "
-        "Give a slice of it: of NIfTI what medplib.io.volume.load_volume(path).picture('axial', 40) returns, "
+        "Give a slice of it: of NIfTI what medplib.io.load_volume(path).picture('axial', 40) returns, "
         "of others a 16-bit PNG, for example."
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 from medplib.io.images import check_size, is_dicom, rescale, stretch
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -30,6 +30,8 @@ MAX_VOXELS = 1 << 30
 class Volume:
     """values (x, y, z) in RAS; spacing: mm between voxels along x, y and z.
 
+        Volume(array, (0.8, 0.8, 2.5), "my scan")       # an array of your own; of files: load_volume
+
     window: the stored values shown as black and white, by default the 0.5 and 99.5 percentiles of the whole.
     """
 
@@ -40,6 +42,15 @@ class Volume:
     _file: Any = field(default=None, repr=False)  # affine (4, 4), orientation (3, 2) of the file
 
     def __post_init__(self) -> None:
+        if self.values.ndim != 3 or self.values.dtype.kind not in "buif":
+            raise InputError(
+                f"A volume is an array (x, y, z) of numbers, got {self.values.dtype} {self.values.shape}."
+            )
+        if len(self.spacing) != 3 or not all(is_number(mm) and mm > 0 for mm in self.spacing):
+            raise InputError(f"spacing must be three lengths above 0 in mm, got {self.spacing}.")
+        if self._file is None:
+            own = np.diag([*self.spacing, 1.0]), np.array([[0, 1], [1, 1], [2, 1]])
+            object.__setattr__(self, "_file", own)
         if self.window is not None and not self.window[0] < self.window[1]:
             raise InputError(f"A window goes from a lower to a higher value, got {self.window}.")
 

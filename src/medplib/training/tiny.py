@@ -1,9 +1,9 @@
-"""Train medplib-tiny from nothing: foundations, then the four stages of MedPLIB by the recipe "tiny-whole".
+"""Train medplib-tiny from nothing: foundations, then the stages of the recipe "tiny-whole".
 
     python -m medplib.training.tiny --out runs/tiny-whole
 
 Every step's data are keyed by (seed, run, step) and every run keeps its state on disk: the command continues
-where it was stopped. About 110 minutes on 2 CPU cores.
+where it was stopped. About 125 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
