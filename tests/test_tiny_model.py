@@ -27,3 +27,11 @@ def test_tiny_model_outlines_the_right_lung_says_what_is_absent_and_names_the_mo
     assert absent.findings == [], absent.text
 
     assert "CT" in model.ask(CHEST_CT, "What is the modality of this image?").text
+
+
+@pytest.mark.parametrize(
+    "names", [("right lung", "left lung"), ("left lung", "right lung"), ("body", "bone", "left lung")]
+)
+def test_structures_asked_for_together_are_all_drawn(model, names):
+    answer = model.segment(CHEST_CT, names)
+    assert [finding.label for finding in answer.findings] == list(names), answer.text
