@@ -146,8 +146,7 @@ def volume_of(
     values: np.ndarray, affine: np.ndarray, name: str, window: tuple[float, float] | None = None
 ) -> Volume:
     """values (i, j, k) and their affine (4, 4), from voxel to mm in RAS -> Volume."""
-    import nibabel
-
+    nibabel = _nibabel(name)
     image = nibabel.Nifti1Image(values, affine)
     canonical = np.asanyarray(nibabel.as_closest_canonical(image).dataobj)
     return _volume(canonical, affine, nibabel.io_orientation(affine), name, window)
@@ -161,6 +160,15 @@ def _volume(values, affine, orientation, name: str, window) -> Volume:
 def volume(path: str) -> np.ndarray:
     """The values of a NIfTI file, (x, y, z) in RAS. Raises as `load_volume` does."""
     return _read_at(path)[0]
+
+
+def _nibabel(name: str) -> Any:
+    """The package. Raises ImportError, naming the extra it comes with."""
+    try:
+        import nibabel
+    except ImportError as error:
+        raise ImportError(f"Reading {name!r} needs nibabel: pip install 'medplib[medical]'.") from error
+    return nibabel
 
 
 def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -188,10 +196,7 @@ def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarra
 def _read(path: str, modified: int, process: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values (x, y, z) in RAS; of the file the affine (4, 4) and the orientation (3, 2) of its axes."""
     del modified, process
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ImportError(f"Reading {path!r} needs nibabel: pip install 'medplib[medical]'.") from error
+    nibabel = _nibabel(path)
     try:
         image: Any = nibabel.load(path)
         if math.prod(image.shape) > MAX_VOXELS:
