@@ -10,11 +10,12 @@ from training_run import records
 
 from medplib.data.files import File, Held, ImageFile
 from medplib.data.record import TASKS, Record
+from medplib.data.recordset import fingerprint
 from medplib.errors import InputError
 from medplib.prompts.types import Box
 from medplib.training.batches import Collate, Place, StepBatches, TrainingData, steps_of
 from medplib.training.recipe import Source, load_recipe
-from medplib.training.sources import MiniQuestions, Order, fingerprint, open_source
+from medplib.training.sources import MiniQuestions, Order, open_source
 
 
 def test_an_epoch_takes_each_source_by_its_weight():

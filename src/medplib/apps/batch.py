@@ -8,7 +8,6 @@ y1]}, {"point": [x, y], "label"?: 1 or 0} or {"mask": file}. Paths are relative 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medplib.errors import InputError
+from medplib.io.json_lines import append_line, read_lines
 
 if TYPE_CHECKING:
     from medplib.processing import Sample
@@ -175,12 +175,12 @@ def run_batch(
     load: gives the model, if there is anything left to do. out: each answer is saved in out/<id>/ and its
     result added to out/results.jsonl, whose jobs are not done again; without it the results go to `show`.
     A progress bar runs on standard error. Raises InputError before anything is done; see `read_jobs` and
-    `read_results`.
+    `read_lines`.
     """
     from tqdm import tqdm
 
     jobs = read_jobs(path)
-    results = {} if out is None else read_results(out / RESULTS)
+    results = {} if out is None else read_lines(out / RESULTS)
     for job in jobs:
         asked = results.get(job.id, {}).get("question")
         if asked is not None and asked != job.content.get("question"):
@@ -210,37 +210,6 @@ def run_batch(
                 record |= result.to_dict()
                 answered += 1
             line = json.dumps(record)
-            show(line) if out is None else _append(out / RESULTS, line)
+            show(line) if out is None else append_line(out / RESULTS, line)
             bar.update()
     return answered, failed, len(there)
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """{id: result} of an earlier run; a last line that was not written to its end is taken away.
-
-    Raises InputError for a file that holds something else.
-    """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    results = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            results[str(record["id"])] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"Line {number} of {str(path)!r} is no result ({error!r}); give another --out."
-            ) from error
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return results
-
-
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medplib.apps.data_cli import data
-from medplib.apps.models import check_options, load_model
+from medplib.apps.evaluate_cli import compare, evaluate
+from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
@@ -31,6 +32,8 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(evaluate)
+app.command()(compare)
 
 
 def main() -> None:
@@ -41,21 +44,6 @@ def main() -> None:
     app()
 
 
-_ModelName = Annotated[str, typer.Option("--model", help="A known model, a folder or a Hub id.")]
-_Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, ... By default where the model is loaded.")
-]
-_DType = Annotated[
-    str | None,
-    typer.Option("--dtype", help="float32, bfloat16, float16 or auto (as in the file)."),
-]
-_Quantize = Annotated[
-    str | None, typer.Option(metavar="BITS", help="int8 or int4: keep the language model in that many bits.")
-]
-_DeviceMap = Annotated[
-    str | None,
-    typer.Option(metavar="auto", help="Spread the model over GPUs, CPU and disk. Not with --device."),
-]
 _Batch = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Answer the jobs of a file instead: JSON lines, see the README."),
@@ -99,7 +87,7 @@ def ask(
     question: Annotated[
         str | None, typer.Argument(metavar="QUESTION", help='In quotes, e.g. "Segment the right lung."')
     ] = None,
-    model: _ModelName = "medplib-tiny",
+    model: ModelName = "medplib-tiny",
     out: _Out = None,
     box: _Box = None,
     point: _Point = None,
@@ -116,10 +104,10 @@ def ask(
     axis: _Axis = "axial",
     window: _Window = None,
     seed: _Seed = 0,
-    device: _Device = None,
-    dtype: _DType = None,
-    quantize: _Quantize = None,
-    device_map: _DeviceMap = None,
+    device: Device = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="The longest answer, in tokens.")] = None,
     as_json: _AsJson = False,
 ) -> None:
@@ -174,7 +162,7 @@ def segment(
         str, typer.Argument(metavar="FILE", help="An image, a NIfTI volume, or the folder of a DICOM series.")
     ],
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help='What to draw, "right lung".')],
-    model: _ModelName = "medplib-tiny",
+    model: ModelName = "medplib-tiny",
     out: _Out = None,
     axis: _Axis = "axial",
     slices: Annotated[
@@ -183,10 +171,10 @@ def segment(
     window: _Window = None,
     batch_size: Annotated[int, typer.Option(min=1, help="How many slices are looked at together.")] = 4,
     seed: _Seed = 0,
-    device: _Device = None,
-    dtype: _DType = None,
-    quantize: _Quantize = None,
-    device_map: _DeviceMap = None,
+    device: Device = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    device_map: DeviceMap = None,
     as_json: _AsJson = False,
 ) -> None:
     """Draw what is named in an image, or in every slice of a volume.

@@ -63,8 +63,10 @@ def check(
     with errors_in_one_line():
         from medplib.data.check import check_records
 
-        records = _read(path, layout, split, option)
-        report = check_records(records, allow=allow or (), distance=distance, progress=_progress("pictures"))
+        records = read_records(path, layout, split, option)
+        report = check_records(
+            records, allow=allow or (), distance=distance, progress=progress_bar("pictures")
+        )
         if sheet is not None:
             _sheet(records, report.samples, sheet)
         if as_json:
@@ -94,8 +96,8 @@ def convert(
     with errors_in_one_line():
         from medplib.data.convert import convert as write
 
-        records = _read(path, layout, split, option)
-        done = write(records, out, to, progress=_progress("records"))
+        records = read_records(path, layout, split, option)
+        done = write(records, out, to, progress=progress_bar("records"))
         typer.echo(
             f"Written to {printable(str(out))}: {done.records} records, {done.images} images, "
             f"{done.masks} masks in {', '.join(done.files)}"
@@ -126,7 +128,7 @@ def preview(
 
         from medplib.data.samples import keyed_rng
 
-        records = _read(path, layout, split, option)
+        records = read_records(path, layout, split, option)
         number = min(number, len(records))
         if seed is None:
             chosen = np.linspace(0, len(records) - 1, number).round().astype(int)
@@ -138,7 +140,7 @@ def preview(
         typer.echo(f"{number} of {len(records)} records drawn in {printable(str(out))}")
 
 
-def _read(path: Path, layout: str, split: str | None, options: Sequence[str] | None) -> RecordSet:
+def read_records(path: Path, layout: str, split: str | None, options: Sequence[str] | None) -> RecordSet:
     """The records, with options `key=value` whose values are YAML. Raises InputError."""
     import yaml
 
@@ -158,7 +160,7 @@ def _read(path: Path, layout: str, split: str | None, options: Sequence[str] | N
     return read(layout, path, split, **given)
 
 
-def _progress(what: str) -> Callable[[Any], Any]:
+def progress_bar(what: str) -> Callable[[Any], Any]:
     """A bar on standard error where somebody looks at it."""
     from tqdm import tqdm
 

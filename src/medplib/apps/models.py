@@ -1,4 +1,4 @@
-"""A model as the command line names it: where it runs, in which dtype, in how many bits."""
+"""A model as the command line names it: where it runs, in which dtype, in how many bits; and its options."""
 
 from __future__ import annotations
 
@@ -6,12 +6,27 @@ import logging
 import os
 import re
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from medplib.errors import InputError
 
+ModelName = Annotated[str, typer.Option("--model", help="A known model, a folder or a Hub id.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ... By default where the model is loaded.")
+]
+DType = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, bfloat16, float16 or auto (as in the file)."),
+]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="BITS", help="int8 or int4: keep the language model in that many bits.")
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(metavar="auto", help="Spread the model over GPUs, CPU and disk. Not with --device."),
+]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

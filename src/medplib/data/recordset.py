@@ -9,6 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from medplib.data.files import Held
 from medplib.data.record import Record
 from medplib.data.report import ReadReport
 from medplib.data.rows import Rows
@@ -126,3 +127,24 @@ def concat(sets: Sequence[RecordSet]) -> RecordSet:
     for one in dict.fromkeys(id(one.report) for one in sets):
         report = report.merged(next(s.report for s in sets if id(s.report) == one))
     return RecordSet((part for one in sets for part in one.parts), numbers, report)
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """The records' own fingerprint, or a hash of their number and of up to 1000 of them (files by name)."""
+    own = getattr(records, "fingerprint", None)
+    if own is not None:
+        return str(own() if callable(own) else own)
+    digest = hashlib.sha256(str(len(records)).encode())
+    for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 1000)).astype(int)):
+        record = records[int(i)]
+        pixels = (record.images, record.regions, record.masks)
+        digest.update(repr((record.turns, record.source, *map(_told, pixels))).encode())
+    return digest.hexdigest()
+
+
+def _told(pixels: Sequence[Any]) -> list[str]:
+    """Files and regions in words; arrays, of which a repr shows the edges only, by a hash."""
+    return [
+        hashlib.sha256(np.ascontiguousarray(item.array)).hexdigest() if isinstance(item, Held) else repr(item)
+        for item in pixels
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from medplib.data.record import Record
+from medplib.data.recordset import fingerprint
 from medplib.lora import merge_lora
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
@@ -34,7 +35,7 @@ from medplib.training.snapshots import (
     seal,
     writing,
 )
-from medplib.training.sources import fingerprint, open_sources
+from medplib.training.sources import open_sources
 from medplib.training.starts import start_model
 from medplib.training.trainer import StageTrainer, arguments, whole_state
 from medplib.training.watch import Watch

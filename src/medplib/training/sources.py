@@ -180,28 +180,6 @@ def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
         ) from error
 
 
-def fingerprint(records: Sequence[Record] | Drawn) -> str:
-    """The source's own fingerprint, or a hash of its length and of up to 1000 of its records
-    (files by name)."""
-    own = getattr(records, "fingerprint", None)
-    if own is not None:
-        return str(own() if callable(own) else own)
-    digest = hashlib.sha256(str(len(records)).encode())
-    for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 1000)).astype(int)):
-        record = records[int(i)]
-        pixels = (record.images, record.regions, record.masks)
-        digest.update(repr((record.turns, record.source, *map(_told, pixels))).encode())
-    return digest.hexdigest()
-
-
-def _told(pixels: Sequence[Any]) -> list[str]:
-    """Files and regions in words; arrays, of which a repr shows the edges only, by a hash."""
-    return [
-        hashlib.sha256(np.ascontiguousarray(item.array)).hexdigest() if isinstance(item, Held) else repr(item)
-        for item in pixels
-    ]
-
-
 class Order:
     """Which record stands at which place of which epoch, over sources of the given lengths and weights.
 
