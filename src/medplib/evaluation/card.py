@@ -22,6 +22,7 @@ from medplib.data.questions import QuestionMaker, region_prompt
 from medplib.data.samples import ImageSample, keyed_rng
 from medplib.data.simulate import simulate_pet
 from medplib.evaluation.metrics import dice
+from medplib.evaluation.scoring import pair
 from medplib.processing import Sample
 from medplib.prompts.types import Mask
 
@@ -81,14 +82,31 @@ def _questions(item: ImageSample, number: int, maker: QuestionMaker) -> list[tup
         }
         if region["prompt"] != "mask":
             jobs.append(ask("What is in <region>?", [prompt], **region))
+    if len(item.structures) > 1:
+        names, found = _two(item, masks, number)
+        together = {"task": "several", "names": names, "masks": found}
+        jobs.append(ask(f"Segment the {names[0]} and the {names[1]}.", **together))
     own, others = maker.absent_names(item.dataset, item.names)
     for name in [*own, *(others[i] for i in rng.permutation(len(others))[:3])]:
         jobs.append(ask(f"Segment the {name}.", task="absent", name=name, own=name in own))
     return jobs
 
 
+def _two(item: ImageSample, masks: np.ndarray, number: int) -> tuple[list[str], list[np.ndarray]]:
+    """Names and masks of two of the image's structures in random order, a left and its right one if there."""
+    rng = keyed_rng("card several", item.dataset, item.case, number)
+    rights = [name.replace("left ", "right ", 1) for name in item.names if name.startswith("left ")]
+    sides = [i for i, name in enumerate(item.names) for right in rights if name == right]
+    if sides:
+        left = item.names.index(item.names[sides[0]].replace("right ", "left ", 1))
+        chosen = rng.permutation([left, sides[0]])
+    else:
+        chosen = rng.permutation(len(item.names))[:2]
+    return [item.names[i] for i in chosen], [masks[i] for i in chosen]
+
+
 def _judge(row: dict, answer) -> dict:
-    mask = row.pop("mask", None)
+    mask, masks = row.pop("mask", None), row.pop("masks", None)
     row["answer"] = answer.text
     if row["task"] == "modality":
         row["right"] = answer.text.rstrip(".").endswith(f"{row['modality']} image")
@@ -96,6 +114,11 @@ def _judge(row: dict, answer) -> dict:
         row["right"] = answer.text.rstrip(".").endswith(f"the {row['name']}")
     elif row["task"] == "absent":
         row["silent"] = not answer.findings
+    elif row["task"] == "several":
+        pairs = pair(row["names"], masks, answer.findings)
+        overlaps = [dice(answer.findings[j].mask, masks[i]) for i, j in pairs.items()]
+        row["both"] = len(pairs) == 2
+        row["dice of two"] = sum(overlaps) / 2  # 0 for one that was not drawn
     else:
         row["drawn"] = bool(answer.findings)
         row["dice"] = dice(answer.findings[0].mask, mask) if answer.findings else 0.0
@@ -133,6 +156,8 @@ def floors(measured: Measured, trained: dict[str, int]) -> dict[str, float]:
         "absent structure: no mask": one("silent", task="absent"),
         "absent structure of the same data set: no mask": one("silent", task="absent", own=True),
         "present structure: a mask": one("drawn", task="grounding"),
+        "two structures in one question: both masks": one("both"),
+        "two structures in one question, Dice": one("dice of two"),
     }
 
 
@@ -166,6 +191,10 @@ def tables(measured: Measured, trained: dict[str, int]) -> str:
             table([*by, "silent", "n"], rows("silent", by, task="absent")),
             "### Present structures (share with a mask)\n",
             table([*by, "drawn", "n"], rows("drawn", by, task="grounding")),
+            "### Two structures in one question (share with both masks)\n",
+            table([*by, "both", "n"], rows("both", by)),
+            "### Two structures in one question (Dice, 0 where no mask was drawn)\n",
+            table([*by, "Dice", "n"], rows("dice of two", by)),
         ]
     )  # fmt: skip
 
