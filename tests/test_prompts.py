@@ -96,6 +96,48 @@ def test_one_mask_in_many_forms_is_the_same_mask(tmp_path):
         np.testing.assert_array_equal(prompt.to_mask((10, 12)), mask)
 
 
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+GREYS = [(i, i, i) for i in range(256)]
+
+
+def _palette_file(path, numbers, colours, **options):
+    image = Image.fromarray(numbers.astype(np.uint8), "P")
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "colours", "options"),
+    [
+        (1, [BLACK, RED], {"bits": 1}),
+        (1, [BLACK, RED, *GREYS[100:114]], {"bits": 4}),
+        (255, GREYS, {}),
+        (7, [BLACK] * 7 + [RED] * 249, {}),
+        (0, [WHITE, BLACK], {"bits": 1}),
+        (1, [WHITE, RED], {"transparency": 0}),
+        (1, [WHITE, RED, BLACK], {"transparency": bytes([0, 128])}),
+    ],
+)
+def test_a_palette_mask_is_read_by_its_colours(tmp_path, number, colours, options):
+    mask = np.zeros((9, 13), bool)
+    mask[2:5, 3:9] = True
+    path = _palette_file(tmp_path / "mask.png", np.where(mask, number, number == 0), colours, **options)
+    with Image.open(path) as image:
+        assert image.mode == "P"
+    np.testing.assert_array_equal(Mask(path).to_mask((9, 13)), mask)
+
+
+@pytest.mark.parametrize(("colours", "shown"), [([WHITE, RED], "0, 1"), ([BLACK, RED, WHITE], "1, 2")])
+def test_a_palette_mask_without_one_colour_on_black_is_refused(tmp_path, colours, shown):
+    numbers = np.arange(12).reshape(3, 4) % len(colours)
+    path = _palette_file(tmp_path / "mask.png", numbers, colours)
+    last = len(colours) - 1
+    message = rf"2 palette numbers that are not black \({shown}\); .*np.asarray\(image\) == {last}"
+    with pytest.raises(InputError, match=message):
+        Mask(path).to_mask((3, 4))
+
+
 def test_a_prompt_mask_is_a_copy():
     mask = np.ones((4, 4), dtype=bool)
     Mask(mask).to_mask((4, 4))[:] = False
