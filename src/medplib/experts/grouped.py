@@ -294,9 +294,8 @@ def is_silu(activation: object) -> bool:
 def groupable(tokens: Tensor, weight: Tensor) -> bool:
     """Whether a grouped product takes tokens (T, D) and weights (..., H, D) as they are, and waits for no
     device."""
-    if torch.is_autocast_enabled(tokens.device.type) or tokens.dtype != weight.dtype:
-        return False
-    return type(weight.data) is Tensor and _waits_for_nothing(tokens, tokens.dtype, weight)
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    return not autocast and _takes(tokens, tokens.dtype, _Linear(weight, None, []))
 
 
 def product_type(tokens: Tensor) -> torch.dtype:
