@@ -197,7 +197,10 @@ def test_sa_med2d_has_a_record_per_image_and_class(sa_med2d):
         "unknown": {"modality prefix 'us_9'": 1},
     }
     assert records.nbytes == 8 * 5 + 8 * 3  # four images and the end of the file, three records
-    assert len(read("sa_med2d", sa_med2d, exclude=())) == 4
+    assert len(read("sa_med2d", sa_med2d, known_bad=True)) == 4
+    for others in ("XR", ()):
+        dropped = read("sa_med2d", sa_med2d, exclude=others, verify=False).report.counts["dropped"]
+        assert dropped["data set QUBIQ2020 excluded"] == 1
     with pytest.raises(InputError, match="no list of split 'train'"):
         read("sa_med2d", sa_med2d, split="train")
 
