@@ -24,6 +24,7 @@ from medplib.experts.context import named_routers
 from medplib.experts.packing import pack_mixtures
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
+from medplib.weights import shorten
 
 EMBEDDED = ("medplib-tiny",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -329,8 +330,7 @@ def _check_sums(folder: Path, files: list[Path]) -> None:
 
 def _check_loaded(model, info: dict, name: str | Path) -> None:
     problems = [
-        f"{what} {', '.join(sorted(map(_key_name, info[key]))[:8])}{' ...' if len(info[key]) > 8 else ''} "
-        f"({len(info[key])})"
+        f"{what} {shorten(sorted(map(_key_name, info[key])))}"
         for what, key in (
             ("missing", "missing_keys"),
             ("unexpected", "unexpected_keys"),
