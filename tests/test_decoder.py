@@ -6,10 +6,7 @@ import pytest
 import torch
 
 from medplib.decoders.mask_decoder import MaskDecoder, upscale_channels
-from medplib.decoders.postprocess import (
-    mask_score,
-    masks_from_logits,
-)
+from medplib.decoders.postprocess import mask_score, masks_from_logits
 from medplib.decoders.two_way import Attention, TwoWayTransformer
 from medplib.errors import CheckpointError, InputError
 from medplib.geometry import Letterbox
