@@ -563,6 +563,13 @@ def test_coco_drops_a_bad_instance_and_keeps_the_one_beside_it(coco, shape, kind
     assert records.report.counts["dropped"] == report.counts["dropped"] | {kind: 1}
 
 
+def test_a_modality_in_other_words_is_understood_and_an_unknown_one_refused(coco, tmp_path):
+    assert {r.modality for r in read("coco", coco, modality="light microscopy")} == {"microscopy"}
+    for name, path in (("coco", coco), ("huggingface", tmp_path)):
+        with pytest.raises(InputError, match=r"modality must be one of CT, MR, .*, got 'smell'"):
+            read(name, path, modality="smell")
+
+
 def test_coco_takes_whole_numbers_written_with_a_point(coco):
     file = coco / "annotations" / "instances_train.json"
     before, report = read_now(coco)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medplib.data.features import class_names, stand_ins, with_names
+from medplib.data.names import check_modality
 from medplib.data.parquet import ParquetRows
 from medplib.data.readers.columns import PIXELS, ColumnsRow, check_columns
 from medplib.data.readers.common import SPLITS, Skip, Store, Unusable, build, find_files, of_split
@@ -34,6 +35,7 @@ def read_huggingface(
 
     Nothing is fetched: download a data set first, as with `hf download --repo-type dataset NAME`.
     """
+    modality = check_modality(modality)
     report, parts = ReadReport(), []
     for rows, name in _tables(path, split):
         chosen = check_columns(columns, rows.columns, f"The data set {rows.name!r}")
