@@ -67,10 +67,8 @@ def resolve_model(name: str | Path) -> Path | str:
     if exists:
         raise CheckpointError(f"{text!r} is a file; give the folder that holds config.json and the weights.")
     if not _HUB_ID.fullmatch(text):
-        raise UnknownNameError(
-            f"No model named {text[:200]!r}. Known: {', '.join(EMBEDDED)}; or give an existing folder, "
-            "or a Hub id like 'owner/name'."
-        )
+        known = UnknownNameError.among(f"No model named {text[:200]!r}.", text[:200], EMBEDDED)
+        raise UnknownNameError(f"{known} Or give an existing folder, or a Hub id like 'owner/name'.")
     return text
 
 
