@@ -43,7 +43,8 @@ def read_coco(
     images    the folder or zip of the pictures; by default found near the file by its first picture
     modality  of all images
     crowds    take also annotations with iscrowd
-    Memory: 8 bytes per image and per annotation, 8 per record.
+
+    Memory: 8 bytes per image, 16 per annotation, 16 per record.
     """
     modality = check_modality(modality)
     files = find_files(path, ("annotations/instances*.json", "annotations/*.json", "*.json"), "COCO")
