@@ -116,10 +116,7 @@ def read_config(folder: Path, **changes) -> MedPLIBConfig:
 
 def weights_sha256(folder: Path) -> str:
     """One hash for all safetensors files of a folder, in order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        _feed(path, digest)
-    return digest.hexdigest()
+    return _sha256(*sorted(folder.glob("*.safetensors")))
 
 
 class LoadingMixin:
@@ -365,16 +362,13 @@ def _key_name(key: Any) -> str:
     return f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" if isinstance(key, tuple) else str(key)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(*paths: Path) -> str:
+    """One hash over the bytes of these files."""
     digest = hashlib.sha256()
-    _feed(path, digest)
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def _feed(path: Path, digest) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
 
 
 @contextmanager
