@@ -73,6 +73,14 @@ def test_prompts_that_cannot_be_used_are_refused_with_a_reason(prompt, message):
         prompt.to_mask((10, 12))
 
 
+def test_the_box_around_a_mask_is_the_slice_that_holds_it():
+    mask = np.zeros((6, 8), bool)
+    mask[2, 3] = mask[4, 6] = True
+    assert Box.around(mask) == Box(3, 2, 7, 5)
+    with pytest.raises(InputError, match="without foreground"):
+        Box.around(np.zeros((3, 3), bool))
+
+
 def test_a_file_that_is_no_image_is_refused(tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(b"not an image")

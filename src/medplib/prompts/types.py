@@ -62,6 +62,14 @@ class Box:
     x1: float
     y1: float
 
+    @classmethod
+    def around(cls, mask: np.ndarray) -> Box:
+        """The smallest box that holds the foreground of a mask (H, W), which must have some."""
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            raise InputError("A mask without foreground has no box around it.")
+        return cls(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+
     def check(self, size: tuple[int, int]) -> None:
         """Raise InputError unless the box has an area and lies in an image of size (H, W)."""
         height, width = size
