@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medplib.apps.data_cli import data
-from medplib.apps.models import check_options, load_model
+from medplib.apps.models import check_model_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
@@ -133,7 +133,7 @@ def ask(
     options = {"seed": seed} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
     with errors_in_one_line():
         _check_out(out)
-        check_options(device, dtype, quantize, device_map)
+        check_model_options(device, dtype, quantize, device_map)
         load = functools.partial(load_model, model, device, dtype, quantize, device_map)
         if batch is not None:
             if images or question or prompts:
@@ -194,7 +194,7 @@ def segment(
     """
     with errors_in_one_line():
         _check_out(out)
-        check_options(device, dtype, quantize, device_map)
+        check_model_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
                 raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
