@@ -134,3 +134,17 @@ def test_compiled_model_gives_the_same_output():
     model.set_experts_implementation("medplib")
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"), [((60, 64, 24), True), ((8, 64, 12), False), ((8, 12, 24), False)]
+)
+def test_on_a_gpu_widths_decide_what_a_grouped_product_takes_not_how_many_experts(monkeypatch, shape, taken):
+    from types import SimpleNamespace
+
+    from medplib.experts import grouped
+
+    monkeypatch.setattr(grouped, "_generation", lambda device: 9)
+    tokens = SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0))
+    weight = torch.empty(shape, dtype=torch.bfloat16)
+    assert grouped._waits_for_nothing(tokens, weight.dtype, weight) == taken

@@ -141,7 +141,7 @@ def test_a_model_in_training_or_without_a_processor_says_so(new_model):
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(MedPLIBError, match=r"No model named 'medplib-huge'\. Known: medplib-tiny"):
+    with pytest.raises(MedPLIBError, match=r"No model named 'medplib-huge'\. Did you mean 'medplib-tiny'"):
         MedPLIB.from_pretrained("medplib-huge")
 
 

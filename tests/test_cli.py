@@ -11,8 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import medplib
-from medplib.apps.cli import app, known_models
+from medplib.apps.cli import app
 from medplib.errors import CheckpointError, UnknownNameError
+from medplib.loading import EMBEDDED
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import NOTICE, Answer, Finding
 
@@ -262,7 +263,7 @@ def test_info_shows_versions_devices_models_and_parts(run, tmp_path, monkeypatch
     assert status == 0
     for word in ("medplib", "torch", "transformers", "timm", "python", "cpu (", "operators", "models"):
         assert word in out
-    for name in ("EXPERTS", "swiglu", "VISION_TOWERS", "sam_vit", NOTICE, *known_models()):
+    for name in ("EXPERTS", "swiglu", "VISION_TOWERS", "sam_vit", NOTICE, *EMBEDDED):
         assert name in out
 
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from medplib.decoders.mask_decoder import MaskDecoder, upscale_channels
-from medplib.decoders.postprocess import (
-    mask_area,
-    mask_box,
-    mask_score,
-    masks_from_logits,
-    remove_small_parts,
-)
+from medplib.decoders.postprocess import mask_score, masks_from_logits
 from medplib.decoders.two_way import Attention, TwoWayTransformer
 from medplib.errors import CheckpointError, InputError
 from medplib.geometry import Letterbox
@@ -180,36 +173,3 @@ def test_the_score_is_the_mean_probability_inside_the_mask():
     logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]])
     assert mask_score(logits) == pytest.approx(torch.tensor([2.0, 0.5]).sigmoid().mean().item())
     assert mask_score(logits, threshold=5.0) == 0.0
-
-
-def test_the_box_is_the_slice_that_holds_the_mask():
-    mask = torch.zeros(6, 8, dtype=torch.bool)
-    mask[2, 3] = mask[4, 6] = True
-    x0, y0, x1, y1 = mask_box(mask)
-    assert (x0, y0, x1, y1) == (3, 2, 7, 5)
-    assert mask_area(mask[y0:y1, x0:x1]) == mask_area(mask) == 2
-    assert mask_box(np.zeros((3, 3), dtype=bool)) is None
-
-
-def _flood(mask: np.ndarray, min_area: int) -> np.ndarray:
-    kept, left = np.zeros_like(mask), {tuple(at) for at in np.argwhere(mask)}
-    while left:
-        part, edge = set(), [left.pop()]
-        while edge:
-            y, x = edge.pop()
-            part.add((y, x))
-            for at in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-                if at in left:
-                    left.remove(at)
-                    edge.append(at)
-        if len(part) >= min_area:
-            kept[tuple(np.array(sorted(part)).T)] = True
-    return kept
-
-
-@pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.6, 1.0])
-def test_small_parts_are_found_as_a_flood_fill_finds_them(density):
-    generator = np.random.default_rng(0)
-    for min_area in (0, 1, 3, 9):
-        mask = generator.random((17, 13)) < density
-        assert np.array_equal(remove_small_parts(mask, min_area), _flood(mask, min_area))

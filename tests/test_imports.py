@@ -1,6 +1,7 @@
 """What an import costs: shown in fresh interpreters."""
 
 import ast
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -31,6 +32,12 @@ def test_importing_medplib_imports_nothing_heavy():
         assert "MoERouter" in dir(medplib) and "MedPLIB" in dir(medplib)
     """
     assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize("package", ["", ".data", ".experts", ".prompts", ".training"])
+def test_every_public_name_is_there(package):
+    module = importlib.import_module(f"medplib{package}")
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
 def test_listing_the_registries_imports_nothing_heavy():

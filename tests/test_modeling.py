@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from medplib import Box, Mask, Point, record_routing
+from medplib.answering import _target_of
 from medplib.errors import InputError
 from medplib.preprocess import prepare_clip, prepare_sam
 from medplib.processing import Sample
@@ -461,6 +462,21 @@ def test_masks_come_from_the_pass_that_writes_the_words(tiny_model, samples):
         forced = model(**everything)
     new = forced.mask_logits[[0, 3, 4, 5]]
     torch.testing.assert_close(torch.stack([logits for _, _, logits in drawn]), new, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("question", "label"),
+    [
+        ("Segment the right lung.", "right lung"),
+        ("Please outline An ulcer!", "ulcer"),
+        ("Draw a tumour", "tumour"),
+        ("Mark anterior horn", "anterior horn"),
+        ("Segment the", "the"),
+        ("Is the lung clear?", ""),
+    ],
+)
+def test_an_unnamed_mask_is_called_by_what_was_asked_for_without_its_article(question, label):
+    assert _target_of(question) == label
 
 
 def test_without_seg_the_mask_side_does_not_run(tiny_model, samples):

@@ -73,6 +73,14 @@ def test_prompts_that_cannot_be_used_are_refused_with_a_reason(prompt, message):
         prompt.to_mask((10, 12))
 
 
+def test_the_box_around_a_mask_is_the_slice_that_holds_it():
+    mask = np.zeros((6, 8), bool)
+    mask[2, 3] = mask[4, 6] = True
+    assert Box.around(mask) == Box(3, 2, 7, 5)
+    with pytest.raises(InputError, match="without foreground"):
+        Box.around(np.zeros((3, 3), bool))
+
+
 def test_a_file_that_is_no_image_is_refused(tmp_path):
     path = tmp_path / "mask.png"
     path.write_bytes(b"not an image")
@@ -94,6 +102,48 @@ def test_one_mask_in_many_forms_is_the_same_mask(tmp_path):
         prompt = Mask(form)
         prompt.check((10, 12))
         np.testing.assert_array_equal(prompt.to_mask((10, 12)), mask)
+
+
+BLACK, WHITE, RED = (0, 0, 0), (255, 255, 255), (255, 0, 0)
+GREYS = [(i, i, i) for i in range(256)]
+
+
+def _palette_file(path, numbers, colours, **options):
+    image = Image.fromarray(numbers.astype(np.uint8), "P")
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("number", "colours", "options"),
+    [
+        (1, [BLACK, RED], {"bits": 1}),
+        (1, [BLACK, RED, *GREYS[100:114]], {"bits": 4}),
+        (255, GREYS, {}),
+        (7, [BLACK] * 7 + [RED] * 249, {}),
+        (0, [WHITE, BLACK], {"bits": 1}),
+        (1, [WHITE, RED], {"transparency": 0}),
+        (1, [WHITE, RED, BLACK], {"transparency": bytes([0, 128])}),
+    ],
+)
+def test_a_palette_mask_is_read_by_its_colours(tmp_path, number, colours, options):
+    mask = np.zeros((9, 13), bool)
+    mask[2:5, 3:9] = True
+    path = _palette_file(tmp_path / "mask.png", np.where(mask, number, number == 0), colours, **options)
+    with Image.open(path) as image:
+        assert image.mode == "P"
+    np.testing.assert_array_equal(Mask(path).to_mask((9, 13)), mask)
+
+
+@pytest.mark.parametrize(("colours", "shown"), [([WHITE, RED], "0, 1"), ([BLACK, RED, WHITE], "1, 2")])
+def test_a_palette_mask_without_one_colour_on_black_is_refused(tmp_path, colours, shown):
+    numbers = np.arange(12).reshape(3, 4) % len(colours)
+    path = _palette_file(tmp_path / "mask.png", numbers, colours)
+    last = len(colours) - 1
+    message = rf"2 palette numbers that are not black \({shown}\); .*np.asarray\(image\) == {last}"
+    with pytest.raises(InputError, match=message):
+        Mask(path).to_mask((3, 4))
 
 
 def test_a_prompt_mask_is_a_copy():
@@ -272,9 +322,9 @@ def test_sam_weights_load_by_name_and_nothing_changes_when_they_do_not_fit():
     unexpected = state | {"prompt_encoder.extra.weight": torch.zeros(1)}
     reshaped = state | {"prompt_encoder.no_mask_embed.weight": torch.zeros(1, DIM + 1)}
     for broken, message in [
-        (missing, "missing prompt_encoder.no_mask_embed"),
-        (unexpected, "unexpected prompt_encoder.extra"),
-        (reshaped, "needed"),
+        (missing, "missing no_mask_embed"),
+        (unexpected, "unexpected extra"),
+        (reshaped, "other shape no_mask_embed"),
         ({}, "missing"),
     ]:
         with pytest.raises(CheckpointError, match=message):

@@ -352,6 +352,12 @@ def test_imageclef_does_not_take_answers_for_questions(imageclef_2021):
     questions.unlink()
     with pytest.raises(InputError, match=r"No line of .*ReferenceAnswers.txt' holds a question"):
         read("imageclef", imageclef_2021, split="test")
+    with pytest.raises(InputError, match="need their questions beside them"):
+        read("imageclef", answers)
+    rest = read("imageclef", imageclef_2021)
+    assert [r.split for r in rest] == ["train", "val"]
+    assert rest.report.counts["dropped"]["answers without questions"] == 1
+    assert rest.report.examples["dropped", "answers without questions"] == [answers.name]
     answers.unlink()
     questions.write_text(kept)
     assert "questions without answers" in read("imageclef", imageclef_2021).report.counts["dropped"]

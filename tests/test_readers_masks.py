@@ -197,7 +197,10 @@ def test_sa_med2d_has_a_record_per_image_and_class(sa_med2d):
         "unknown": {"modality prefix 'us_9'": 1},
     }
     assert records.nbytes == 8 * 5 + 8 * 3  # four images and the end of the file, three records
-    assert len(read("sa_med2d", sa_med2d, exclude=())) == 4
+    assert len(read("sa_med2d", sa_med2d, known_bad=True)) == 4
+    for others in ("XR", ()):
+        dropped = read("sa_med2d", sa_med2d, exclude=others, verify=False).report.counts["dropped"]
+        assert dropped["data set QUBIQ2020 excluded"] == 1
     with pytest.raises(InputError, match="no list of split 'train'"):
         read("sa_med2d", sa_med2d, split="train")
 
@@ -558,6 +561,13 @@ def test_coco_drops_a_bad_instance_and_keeps_the_one_beside_it(coco, shape, kind
     assert [r.extra["instances"] for r in records] == [2, 1]
     assert (records[0].to_sample().masks[0] == before[0].to_sample().masks[0]).all()
     assert records.report.counts["dropped"] == report.counts["dropped"] | {kind: 1}
+
+
+def test_a_modality_in_other_words_is_understood_and_an_unknown_one_refused(coco, tmp_path):
+    assert {r.modality for r in read("coco", coco, modality="light microscopy")} == {"microscopy"}
+    for name, path in (("coco", coco), ("huggingface", tmp_path)):
+        with pytest.raises(InputError, match=r"modality must be one of CT, MR, .*, got 'smell'"):
+            read(name, path, modality="smell")
 
 
 def test_coco_takes_whole_numbers_written_with_a_point(coco):

@@ -240,6 +240,11 @@ def named(target: str | Sequence[str]) -> list[str]:
     return [n if n.lower().startswith(("the ", "a ", "an ", "all ")) else f"the {n}" for n in names]
 
 
+def without_article(name: str) -> str:
+    """ "the right lung" -> "right lung"."""
+    return re.sub(r"^(the|an?)\s+(?=\S)", "", name, flags=re.IGNORECASE)
+
+
 def request(names: Sequence[str]) -> str:
     """ "Segment the right lung and the left lung." """
     listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
@@ -252,5 +257,5 @@ def _target_of(question: str) -> str:
     for verb in ("segment", "outline", "delineate", "draw", "mark"):
         found = re.search(rf"\b{verb}\s+(.{{1,60}})$", words, re.IGNORECASE)
         if found:
-            return found[1].removeprefix("the ").strip()
+            return without_article(found[1].strip())
     return ""

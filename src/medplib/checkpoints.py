@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,10 @@ from medplib.official.files import (
     merge_adapters,
     read_files,
     read_pickle,
-    shape_of,
     weight_files,
 )
 from medplib.official.names import IGNORED, rename, sam_name
+from medplib.weights import check_fit, shape_of
 
 if TYPE_CHECKING:
     from medplib.modeling import MedPLIB
@@ -119,34 +119,12 @@ def load_sam(model: MedPLIB, path: str | Path) -> None:
     wanted = {
         f"{part}.{name}": value for part in parts for name, value in getattr(model, part).state_dict().items()
     }
-    check_fit(given, wanted, path)
+    check_fit(given, wanted, f"The weights of {str(path)!r}")
     for part in parts:
         prefix = f"{part}."
         getattr(model, part).load_state_dict(
             {k.removeprefix(prefix): value[...] for k, value in given.items() if k.startswith(prefix)}
         )
-
-
-def check_fit(given: Mapping[str, Any], wanted: Mapping[str, Any], source: str | Path) -> None:
-    """Raise CheckpointError, listing all of it, unless both hold the same names in the same shapes."""
-    problems = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
-        "other shape": [
-            f"{name} {tuple(shape_of(given[name]))} for {tuple(shape_of(wanted[name]))}"
-            for name in sorted(wanted.keys() & given.keys())
-            if shape_of(given[name]) != shape_of(wanted[name])
-        ],
-    }
-    listed = [f"{what} {shorten(names)}" for what, names in problems.items() if names]
-    if listed:
-        raise CheckpointError(f"The weights of {str(source)!r} do not fit: {'; '.join(listed)}.")
-
-
-def shorten(names: Iterable[str]) -> str:
-    """The first names of a list, and how many there are."""
-    names = list(names)
-    return f"{', '.join(names[:8])}{' ...' if len(names) > 8 else ''} ({len(names)})"
 
 
 def _started(found: dict[str, Any], config: MedPLIBConfig) -> dict[str, Any]:

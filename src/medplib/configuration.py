@@ -12,11 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from medplib.errors import InputError, MedPLIBError, UnknownNameError
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-SAM_MEAN = (123.675, 116.28, 103.53)
-SAM_STD = (58.395, 57.12, 57.375)
+from medplib.preprocess import CLIP_MEAN, CLIP_STD, SAM_MEAN, SAM_STD
 
 # A configuration beyond these limits is damaged or hostile; building it would take minutes or all memory.
 MAX_SIDE = 4096  # pixels of a network square

@@ -68,7 +68,7 @@ TEMPLATES: dict[str, Template] = {
 def get_template(name: str) -> Template:
     """The template of that name. Raises UnknownNameError."""
     if name not in TEMPLATES:
-        raise UnknownNameError(f"No chat template named {name!r}. Known: {', '.join(TEMPLATES)}.")
+        raise UnknownNameError.among(f"No chat template named {name!r}.", str(name), TEMPLATES)
     return TEMPLATES[name]
 
 

@@ -24,6 +24,7 @@ from medplib.experts.context import named_routers
 from medplib.experts.packing import pack_mixtures
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
+from medplib.weights import shorten
 
 EMBEDDED = ("medplib-tiny",)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,10 +67,8 @@ def resolve_model(name: str | Path) -> Path | str:
     if exists:
         raise CheckpointError(f"{text!r} is a file; give the folder that holds config.json and the weights.")
     if not _HUB_ID.fullmatch(text):
-        raise UnknownNameError(
-            f"No model named {text[:200]!r}. Known: {', '.join(EMBEDDED)}; or give an existing folder, "
-            "or a Hub id like 'owner/name'."
-        )
+        known = UnknownNameError.among(f"No model named {text[:200]!r}.", text[:200], EMBEDDED)
+        raise UnknownNameError(f"{known} Or give an existing folder, or a Hub id like 'owner/name'.")
     return text
 
 
@@ -117,10 +116,7 @@ def read_config(folder: Path, **changes) -> MedPLIBConfig:
 
 def weights_sha256(folder: Path) -> str:
     """One hash for all safetensors files of a folder, in order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        _feed(path, digest)
-    return digest.hexdigest()
+    return _sha256(*sorted(folder.glob("*.safetensors")))
 
 
 class LoadingMixin:
@@ -329,8 +325,7 @@ def _check_sums(folder: Path, files: list[Path]) -> None:
 
 def _check_loaded(model, info: dict, name: str | Path) -> None:
     problems = [
-        f"{what} {', '.join(sorted(map(_key_name, info[key]))[:8])}{' ...' if len(info[key]) > 8 else ''} "
-        f"({len(info[key])})"
+        f"{what} {shorten(sorted(map(_key_name, info[key])))}"
         for what, key in (
             ("missing", "missing_keys"),
             ("unexpected", "unexpected_keys"),
@@ -367,16 +362,13 @@ def _key_name(key: Any) -> str:
     return f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" if isinstance(key, tuple) else str(key)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(*paths: Path) -> str:
+    """One hash over the bytes of these files."""
     digest = hashlib.sha256()
-    _feed(path, digest)
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def _feed(path: Path, digest) -> None:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from medplib.configuration import MedPLIBConfig
 from medplib.conversation import (
     CONTROL_TOKENS,
+    IMAGE,
     MAX_QUESTION,
     REGION,
     SEG,
@@ -282,7 +283,7 @@ class MedPLIBProcessor:
     def _fixed_ids(self, piece: Piece) -> list[int] | None:
         """The ids of placeholders and of the end; None for text."""
         tokens = self.config.tokens
-        if piece.kind == "image" and piece.text == "<image>":
+        if piece.kind == "image" and piece.text == IMAGE:
             return [tokens.image] * self.num_image_tokens
         if piece.kind == "region":
             return [tokens.region]

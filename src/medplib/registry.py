@@ -185,7 +185,7 @@ READERS = Registry("reader")
 
 EXPERTS.add_lazy("swiglu", "medplib.experts.mlp:SwiGLU")
 EXPERTS.add_lazy("gelu", "medplib.experts.mlp:GELUMLP")
-GATES.add_lazy("topk", "medplib.experts.router:TopKGate")
+GATES.add_lazy("topk", "medplib.experts.gate:TopKGate")
 GATES.add_lazy("deepspeed", "medplib.experts.deepspeed:DeepSpeedGate")
 GATES.add_lazy("expert_choice", "medplib.experts.expert_choice:ExpertChoiceGate")
 PROMPT_ENCODERS.add_lazy("points", "medplib.prompts.points:PointEncoder")

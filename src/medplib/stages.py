@@ -62,6 +62,8 @@ class Stage:
     warmup         linear warm-up, as a share of one epoch
     decay          of the learning rate after it: "linear" or "cosine", to 0, or "constant"
     clip           largest norm of the gradient
+    precision      "fp32", "bf16" or "fp16"
+    seed           of the order of the data and all that is drawn
     """
 
     name: str = field(kw_only=False)

@@ -149,7 +149,7 @@ def segment_volume(
     Each slice is looked at by itself: nothing makes neighbours agree. Raises InputError for a volume, axis,
     slice or window that cannot be used, before the model is asked.
     """
-    from medplib.answering import named, request
+    from medplib.answering import named, request, without_article
 
     names = named(target)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -157,7 +157,7 @@ def segment_volume(
     volume = source if isinstance(source, Volume) else load_volume(source)
     volume = volume if window is None else replace(volume, window=window)
     chosen = volume.numbers(axis, slices)
-    findings = [VolumeFinding(plain(name), np.zeros(volume.values.shape, bool)) for name in names]
+    findings = [VolumeFinding(without_article(name), np.zeros(volume.values.shape, bool)) for name in names]
     for start in range(0, len(chosen), batch_size):
         part = chosen[start : start + batch_size]
         pictures = [volume.picture(axis, index) for index in part]
@@ -172,9 +172,3 @@ def segment_volume(
         if progress is not None:
             progress(start + len(part), len(chosen))
     return VolumeAnswer(volume, findings, axis, chosen, model.identity())
-
-
-def plain(name: str) -> str:
-    """A structure's name without its article."""
-    first, _, rest = name.partition(" ")
-    return rest if rest and first.lower() in ("the", "a", "an") else name

@@ -13,7 +13,7 @@ import typer
 
 from medplib.apps.data_cli import data
 from medplib.apps.evaluate_cli import compare, evaluate
-from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_options, load_model
+from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_model_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
@@ -120,9 +120,8 @@ def ask(
     prompts = ctx.meta["medplib.prompts"]
     options = {"seed": seed} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
     with errors_in_one_line():
-        if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
-            raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
-        check_options(device, dtype, quantize, device_map)
+        _check_out(out)
+        check_model_options(device, dtype, quantize, device_map)
         load = functools.partial(load_model, model, device, dtype, quantize, device_map)
         if batch is not None:
             if images or question or prompts:
@@ -182,9 +181,8 @@ def segment(
     Of a volume --out gets one .nii.gz per name, which lies on the volume voxel by voxel.
     """
     with errors_in_one_line():
-        if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
-            raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
-        check_options(device, dtype, quantize, device_map)
+        _check_out(out)
+        check_model_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
                 raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
@@ -210,6 +208,12 @@ def segment(
         show_volume_answer(answer, out, written)
     else:
         show_answer(answer, out, written)
+
+
+def _check_out(out: Path | None) -> None:
+    """Raise InputError for a file, before the model is loaded."""
+    if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
+        raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
 
 
 def _load_images(
@@ -256,14 +260,15 @@ def info() -> None:
 
 def _facts() -> Iterator[tuple[str, list[str]]]:
     """(title, lines) of everything `info` shows."""
-    from medplib import registry
+    from medplib import ops, registry
+    from medplib.loading import EMBEDDED
     from medplib.results import versions
 
     for package, number in versions().items():
         yield package, [number or "not installed"]
     yield "devices", _devices()
-    yield "operators", _operators()
-    yield "models", known_models()
+    yield "operators", [f"{device}: {kernels}" for device, kernels in ops.status().items()]
+    yield "models", list(EMBEDDED)
     for name, kind in sorted(vars(registry).items()):
         if isinstance(kind, registry.Registry):
             yield name, [", ".join(kind.names())]
@@ -276,25 +281,3 @@ def _devices() -> list[str]:
     lines = [f"cpu ({torch.get_num_threads()} threads)"]
     lines += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return lines if len(lines) > 1 else [*lines, "no cuda device"]
-
-
-def _operators() -> list[str]:
-    """What `medplib.ops.status()` says, if there are operators."""
-    try:
-        from medplib import ops
-    except ImportError:
-        return ["PyTorch reference (nothing compiled)"]
-    if not hasattr(ops, "status"):
-        return ["PyTorch reference (nothing compiled)"]
-    status = ops.status()
-    return [f"{k}: {v}" for k, v in status.items()] if isinstance(status, dict) else str(status).splitlines()
-
-
-def known_models() -> list[str]:
-    """Names of the models that come with the package: the folders in its assets that hold a configuration."""
-    from importlib.resources import files
-
-    assets = files("medplib") / "assets"
-    if not assets.is_dir():
-        return []
-    return sorted(folder.name for folder in assets.iterdir() if (folder / "config.json").is_file())

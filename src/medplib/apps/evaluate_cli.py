@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medplib.apps.data_cli import DataPath, Format, Options, Split, progress_bar, read_records
-from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_options, load_model
+from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_model_options, load_model
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def evaluate(
     Exit status 0: every question was asked; 1: some could not be, and are in no figure.
     """
     with errors_in_one_line():
-        check_options(device, dtype, quantize, device_map)
+        check_model_options(device, dtype, quantize, device_map)
         records = read_records(path, layout, split, option)
         from medplib.evaluation import evaluate as run
 

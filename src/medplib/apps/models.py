@@ -30,7 +30,7 @@ DeviceMap = Annotated[
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_options(
+def check_model_options(
     device: str | None, dtype: str | None, quantize: str | None, device_map: str | None
 ) -> None:
     """Raise InputError for what can be refused before torch is imported."""

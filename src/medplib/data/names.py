@@ -6,6 +6,7 @@ import json
 import re
 from typing import NamedTuple
 
+from medplib.data.samples import MODALITIES
 from medplib.errors import InputError
 
 CLASSES = "SAMed2D_v1_class_mapping_id.json"
@@ -75,9 +76,20 @@ def slice_name(path: str) -> SliceName | None:
 
 
 def modality_of(words: str | None) -> str | None:
-    """One of MODALITIES for a data set's own words, as "CT(Computed Tomography)"; None if unknown."""
+    """One of MODALITIES, by its name or in a data set's own words, as "CT(Computed Tomography)"; None if
+    unknown."""
+    if words in MODALITIES:
+        return words
     text = (words or "").lower()
     return next((modality for modality, pattern in _WORDS if re.search(pattern, text)), None)
+
+
+def check_modality(given: str | None) -> str | None:
+    """`modality_of` what a user says of all images; None stays None. Raises InputError if unknown."""
+    found = modality_of(given)
+    if found is None and given is not None:
+        raise InputError(f"modality must be one of {', '.join(MODALITIES)}, got {given!r}.")
+    return found
 
 
 def spoken(name: str) -> str:

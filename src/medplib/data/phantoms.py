@@ -41,7 +41,7 @@ def make_phantom(kind: str, seed: int, size: int = 256, split: str = "train") ->
     ('skin lesion',)
     """
     if kind not in PHANTOMS:
-        raise UnknownNameError(f"No phantom named {kind!r}. Known: {', '.join(PHANTOMS)}.")
+        raise UnknownNameError.among(f"No phantom named {kind!r}.", str(kind), PHANTOMS)
     if size < 32:
         raise InputError(f"size must be at least 32 pixels, got {size}.")
     return replace(PHANTOMS[kind](keyed_rng(kind, split, seed), size), case=f"{split}{seed}", split=split)

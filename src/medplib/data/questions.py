@@ -185,12 +185,13 @@ def region_prompt(
     """
     mask = masks[index]
     draw = rng.random()
-    ys, xs = np.nonzero(mask)
-    x0, y0, x1, y1 = xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
-    fills = mask.sum() / ((x1 - x0) * (y1 - y0)) > 0.5
-    if draw >= mask_share and fills and x1 - x0 > 2 and y1 - y0 > 2 and draw < mask_share + 0.3:
-        return Box(float(x0), float(y0), float(x1), float(y1)), index
+    box = Box.around(mask)
+    width, height = box.x1 - box.x0, box.y1 - box.y0
+    fills = mask.sum() / (width * height) > 0.5
+    if mask_share <= draw < mask_share + 0.3 and fills and width > 2 and height > 2:
+        return box, index
     if draw >= mask_share + 0.3:
+        ys, xs = np.nonzero(mask)
         at = rng.integers(len(ys))
         y, x = ys[at], xs[at]
         under = [i for i in range(len(masks)) if masks[i, y, x]]

@@ -106,7 +106,7 @@ class ImageSample:
     def _structure(self, which: int | str) -> Structure:
         if isinstance(which, str):
             if which not in self.names:
-                raise UnknownNameError(f"No structure named {which!r} here. Known: {', '.join(self.names)}.")
+                raise UnknownNameError.among(f"No structure named {which!r} here.", which, self.names)
             return self.structures[self.names.index(which)]
         if not -len(self.structures) <= which < len(self.structures):
             raise UnknownNameError(f"No structure number {which}: this image has {len(self.structures)}.")

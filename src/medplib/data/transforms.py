@@ -220,7 +220,7 @@ class _Targets:
             if isinstance(prompt, Point):
                 prompts.append(_move_point(prompt, x, y))
             elif isinstance(prompt, Box):
-                prompts.append(_bounds(_in_box(prompt, x, y)))
+                prompts.append(Box.around(_in_box(prompt, x, y)))
             else:
                 prompts.append(Mask(next(forms)))
         return _Targets(prompts, regions[: len(self.masks)])
@@ -246,11 +246,6 @@ def _move_point(point: Point, x: np.ndarray, y: np.ndarray) -> Point:
 def _in_box(box: Box, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """bool (H, W): output pixels whose source lies in the box; pixel i covers i to i + 1."""
     return (x + 0.5 >= box.x0) & (x + 0.5 < box.x1) & (y + 0.5 >= box.y0) & (y + 0.5 < box.y1)
-
-
-def _bounds(region: np.ndarray) -> Box:
-    ys, xs = np.nonzero(region)
-    return Box(float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
 
 
 def _recolour(image: np.ndarray, rng: np.random.Generator, modality: str | None) -> np.ndarray:

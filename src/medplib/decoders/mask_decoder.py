@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from medplib.errors import CheckpointError, InputError
+from medplib.errors import InputError
+from medplib.weights import check_fit
 
 
 class MLP(nn.Module):
@@ -167,11 +168,5 @@ class MaskDecoder(nn.Module):
         """
         given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         wanted = {k: v for k, v in self.state_dict().items() if not k.startswith("skip_projections.")}
-        missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-        wrong = sorted(k for k in wanted.keys() & given.keys() if wanted[k].shape != given[k].shape)
-        if missing or unexpected or wrong:
-            raise CheckpointError(
-                f"The weights under {prefix!r} do not fit this mask decoder: missing {missing[:5]}, "
-                f"unexpected {unexpected[:5]}, other shape {wrong[:5]}."
-            )
+        check_fit(given, wanted, f"The weights under {prefix!r}")
         self.load_state_dict(given, strict=False)

@@ -55,7 +55,7 @@ def _is_swiglu(module: Any, x: Tensor) -> bool:
     if module.is_transposed or getattr(module, "has_post_expert_norm", False):
         return False
     default = getattr(type(module)._apply_gate, "__name__", "") == "_default_apply_gate"
-    return default and is_silu(module.act_fn) and groupable(x, module.gate_up_proj)
+    return default and is_silu(module.act_fn) and groupable(x, module.down_proj)  # (E, D, H)
 
 
 def _run(module: Any, rows: Tensor, tables: tuple[Tensor | None, ...]) -> Tensor:

@@ -294,9 +294,8 @@ def is_silu(activation: object) -> bool:
 def groupable(tokens: Tensor, weight: Tensor) -> bool:
     """Whether a grouped product takes tokens (T, D) and weights (..., H, D) as they are, and waits for no
     device."""
-    if torch.is_autocast_enabled(tokens.device.type) or tokens.dtype != weight.dtype:
-        return False
-    return type(weight.data) is Tensor and _waits_for_nothing(tokens, tokens.dtype, weight)
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    return not autocast and _takes(tokens, tokens.dtype, _Linear(weight, None, []))
 
 
 def product_type(tokens: Tensor) -> torch.dtype:
@@ -324,7 +323,7 @@ def _waits_for_nothing(tokens: Tensor, kind: torch.dtype, weight: Tensor) -> boo
     """Whether the host need not read how many rows each expert has."""
     if not tokens.is_cuda:
         return True
-    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape):
+    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape[-2:]):
         return False
     return _generation(tokens.device.index) in (9, 10)  # on others torch reads the offsets in a loop
 

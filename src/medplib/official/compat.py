@@ -58,7 +58,7 @@ def quirks(names: str | Iterable[str] | Quirks | None) -> Quirks:
     fields = [f.name for f in dataclasses.fields(Quirks)]
     for name in names:
         if name not in fields:
-            raise UnknownNameError(f"No quirk named {name!r}. Known: {', '.join((*known, *fields))}.")
+            raise UnknownNameError.among(f"No quirk named {name!r}.", str(name), (*known, *fields))
     return Quirks(**dict.fromkeys(names, True))
 
 

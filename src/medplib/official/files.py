@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medplib.errors import CheckpointError
+from medplib.weights import shape_of
 
 _LORA = re.compile(r"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(?:\.[^.]+)??\.(?P<kind>weight|bias)")
 
@@ -131,11 +132,6 @@ class Merged:
     def get_shape(self) -> list[int]:
         """That of the weight."""
         return shape_of(self.base)
-
-
-def shape_of(value: Any) -> list[int]:
-    """The shape of a tensor or of a slice that was not read."""
-    return list(value.get_shape() if hasattr(value, "get_shape") else value.shape)
 
 
 def _open_safetensors(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from medplib.errors import CheckpointError
 from medplib.prompts.combined import SAM_NAMES as PROMPT_NAMES
 from medplib.vision.sam_vit import SAM_NAMES as VIT_NAMES
+from medplib.vision.sam_vit import sam_to_timm
 
 # (published prefix, our prefix); of several that fit, the first counts.
 PREFIXES = (
@@ -105,12 +106,6 @@ def _layer_out(rest: str, experts: Sequence[str]) -> str:
     return f"{found[1]}{EXPERT}{list(experts).index(found[2])}.{found[3]}"
 
 
-def _vit_in(rest: str, _: Sequence[str]) -> str:
-    for theirs, ours in VIT_NAMES:
-        rest = rest.replace(theirs, ours)
-    return rest
-
-
 def _vit_out(rest: str, _: Sequence[str]) -> str:
     for theirs, ours in VIT_NAMES:
         rest = rest.replace(ours, theirs)
@@ -120,7 +115,7 @@ def _vit_out(rest: str, _: Sequence[str]) -> str:
 _Inner = Callable[[str, Sequence[str]], str]
 _INSIDE: dict[str, _Inner] = {
     "language_model.model.": _layer_in,
-    "mask_encoder.network.": _vit_in,
+    "mask_encoder.network.": lambda rest, _: sam_to_timm(rest),
     "prompt_encoder.": lambda rest, _: _PROMPT_BACK.get(rest, rest),
 }
 _OUTSIDE: dict[str, _Inner] = {

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from medplib.errors import CheckpointError, InputError
+from medplib.errors import InputError
 from medplib.prompts.boxes import BoxEncoder
 from medplib.prompts.masks import MaskEncoder
 from medplib.prompts.points import PointEncoder
 from medplib.prompts.position import FourierPosition
+from medplib.weights import check_fit
 
 # Our parameter names -> those of SAM and SAM-Med2D. Shapes are equal.
 SAM_NAMES = {
@@ -105,17 +106,8 @@ class PromptEncoder(nn.Module):
         """
         found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         own = self.state_dict()
-        theirs = {SAM_NAMES[name]: name for name in own}
-        problems = [f"missing {prefix}{name}" for name in theirs if name not in found]
-        problems += [f"unexpected {prefix}{name}" for name in found if name not in theirs]
-        problems += [
-            f"{prefix}{name} is {tuple(value.shape)}, needed {tuple(own[theirs[name]].shape)}"
-            for name, value in found.items()
-            if name in theirs and value.shape != own[theirs[name]].shape
-        ]
-        if problems:
-            raise CheckpointError("These weights do not fit this prompt encoder: " + "; ".join(problems))
-        self.load_state_dict({theirs[name]: value for name, value in found.items()})
+        check_fit(found, {SAM_NAMES[k]: v for k, v in own.items()}, f"The weights under {prefix!r}")
+        self.load_state_dict({name: found[SAM_NAMES[name]] for name in own})
         return self
 
     def _text(self, text: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -62,6 +62,14 @@ class Box:
     x1: float
     y1: float
 
+    @classmethod
+    def around(cls, mask: np.ndarray) -> Box:
+        """The smallest box that holds the foreground of a mask (H, W), which must have some."""
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if not len(rows):
+            raise InputError("A mask without foreground has no box around it.")
+        return cls(float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+
     def check(self, size: tuple[int, int]) -> None:
         """Raise InputError unless the box has an area and lies in an image of size (H, W)."""
         height, width = size
@@ -143,13 +151,21 @@ def _read_mask(source: Any) -> tuple[np.ndarray, str]:
 def _image_array(image: Image.Image, name: str) -> np.ndarray:
     """A one-channel Pillow image -> (H, W); a colour image is accepted when its channels agree.
 
-    What is black in a palette, or fully transparent, becomes 0; another colour of number 0 becomes 256.
+    Of a palette bool: what is black in it, or fully transparent, is background, whatever its number.
     """
     if getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{name} has {image.n_frames} frames; give the one that belongs to the image")
     array = np.asarray(image)
     if image.mode == "P":
-        return np.where(foreground(image), np.where(array == 0, np.int32(256), array), 0)
+        seen = foreground(image)
+        numbers = np.unique(array[seen]).tolist()
+        if len(numbers) > 1:
+            shown = ", ".join(map(str, numbers[:6])) + (", ..." if len(numbers) > 6 else "")
+            raise InputError(
+                f"{name} has {len(numbers)} palette numbers that are not black ({shown}); choose one, as in "
+                f"`np.asarray(image) == {numbers[-1]}`"
+            )
+        return seen
     if array.ndim == 2:
         return array
     colours = array[..., : {"LA": 1}.get(image.mode, 3)]

@@ -12,7 +12,7 @@ _WHERE = {
     "make_recipe": "recipe",
     "shipped_recipes": "recipe",
     "train": "chain",
-    "dry_run": "dry_run",
+    "rehearse": "dry_run",
 }
 
 __all__ = list(_WHERE)

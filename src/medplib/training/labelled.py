@@ -28,6 +28,16 @@ SHARES = {
 """The share of each data set in what medplib-tiny is trained on."""
 
 
+def vocabulary_of(samples: Sequence[ImageSample]) -> dict[str, set[str]]:
+    """{structure: the data sets that show it} of these images and of all phantoms."""
+    phantoms = [make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16)]
+    found: dict[str, set[str]] = {}
+    for s in [*samples, *phantoms]:
+        for name in s.names:
+            found.setdefault(name, set()).add(s.dataset)
+    return found
+
+
 @dataclass(frozen=True)
 class Labelled:
     """One augmented image (H, W, 3) uint8, masks (M, H, W) bool and names, each large enough to ask about."""

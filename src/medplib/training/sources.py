@@ -19,7 +19,6 @@ import numpy as np
 from medplib.data.files import Held
 from medplib.data.mini import INDEX, default_mini_root, load_mini
 from medplib.data.options import check_options
-from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import QuestionMaker
 from medplib.data.readers import read
 from medplib.data.record import Record
@@ -123,18 +122,14 @@ class MiniQuestions:
 @lru_cache(maxsize=4)
 def _mini_images(split: str | None, shares: tuple | None, table: float, removal: float, unchanged: float):
     """The images of a split, read once for all sources; {structure: its data sets}; how many there are."""
-    from medplib.training.labelled import SHARES, LabelledImages
+    from medplib.training.labelled import SHARES, LabelledImages, vocabulary_of
 
     samples = load_mini(split=split)
-    vocabulary: dict[str, set[str]] = {}
-    for s in [*samples, *(make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16))]:
-        for structure in s.structures:
-            vocabulary.setdefault(structure.name, set()).add(s.dataset)
     weights = dict(shares) if shares else SHARES
     images = LabelledImages(
         samples, weights, steps=1, batch_size=1, seed=0, table=table, removal=removal, unchanged=unchanged
     )
-    return images, vocabulary, len(samples)
+    return images, vocabulary_of(samples), len(samples)
 
 
 def _check_range(values: Mapping[str, float | None], low: float, high: float | None) -> None:

@@ -24,32 +24,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from medplib.configuration import MedPLIBConfig
+from medplib.data import samples
 from medplib.data.mini import load_mini
-from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import UNLABELLED, QuestionMaker
 from medplib.modeling import MedPLIB
 from medplib.processing import PROCESSOR_FILE, MedPLIBProcessor
 from medplib.training.chain import train
 from medplib.training.conversations import QuestionDraws, TextBatch, template_texts
-from medplib.training.labelled import SHARES, LabelledImages
+from medplib.training.labelled import SHARES, LabelledImages, vocabulary_of
 from medplib.training.recipe import load_recipe
 from medplib.training.tokenizer import build_tokenizer
 from medplib.training.towers import TowerBatch, TowerTrainer
 
 log = logging.getLogger(__name__)
 
-MODALITIES = [
-    "CT",
-    "MR",
-    "PET",
-    "X-ray",
-    "dermoscopy",
-    "endoscopy",
-    "fundus",
-    "histopathology",
-    "microscopy",
-    "ultrasound",
-]
+MODALITIES = sorted(samples.MODALITIES)
 SEED = 42
 
 
@@ -144,11 +133,7 @@ class TinyTraining:
         self.out, self.scale, self.workers = out, scale, workers
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.samples = load_mini(split="train")
-        phantoms = [make_phantom(kind, seed) for kind in sorted(PHANTOMS) for seed in range(16)]
-        self.vocabulary: dict[str, set[str]] = {}
-        for s in [*self.samples, *phantoms]:
-            for structure in s.structures:
-                self.vocabulary.setdefault(structure.name, set()).add(s.dataset)
+        self.vocabulary = vocabulary_of(self.samples)
         self.names = sorted(self.vocabulary)
         asked = load_recipe("tiny-whole").data["all"].options  # of "words", too
         self.questions = QuestionDraws(QuestionMaker(self.vocabulary), asked["tasks"])

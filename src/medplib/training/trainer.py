@@ -17,21 +17,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from medplib.data.record import TASKS
-from medplib.errors import CheckpointError, InputError, MedPLIBError
+from medplib.errors import InputError, MedPLIBError
 from medplib.language import decoder_layers
 from medplib.stages import Stage
 from medplib.training.batches import Collate, StepBatches
 from medplib.training.recipe import Recipe
 from medplib.training.snapshots import begin, prune, seal, step_folder, writing
 from medplib.training.watch import Watch, save_bad_batch
+from medplib.weights import check_fit
 
 TRAINED = "trained.safetensors"  # in a snapshot: the parameters that train, and every buffer
 TERMS = ("ce", "dice", "bce", "focal", "iou", "balance")
@@ -285,19 +285,10 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_trained(model: nn.Module, path: Path) -> None:
     """Put back what `trained_state` gave. Raises CheckpointError, nothing changed, if it does not fit."""
-    wanted = set(trained_state(model))
     own = model.state_dict(keep_vars=True)
-    with safe_open(path, framework="pt") as file:
-        given = set(file.keys())
-        if given != wanted:
-            raise CheckpointError(
-                f"{str(path)!r} does not fit the stage: missing {sorted(wanted - given)[:4]}, unexpected "
-                f"{sorted(given - wanted)[:4]}. Was the recipe changed? Choose another out folder for it."
-            )
-        state = {name: file.get_tensor(name) for name in given}
-    wrong = [name for name, value in state.items() if value.shape != own[name].shape]
-    if wrong:
-        raise CheckpointError(f"{str(path)!r}: {wrong[0]} has another shape than in the model.")
+    state = load_file(path)
+    remedy = "Was the recipe changed? Choose another out folder for it."
+    check_fit(state, trained_state(model), f"The weights of {str(path)!r}", remedy)
     for name, value in state.items():
         own[name].data.copy_(value)
 

@@ -31,9 +31,11 @@ class Watch(TrainerCallback):
     """What is to be seen of one stage.
 
     folder           gets log.jsonl, and samples/ with a picture each `sample_steps` steps
+    start            the step it begins after: later lines of an earlier log are taken out
     records          what the model is asked for the pictures
     progress         called with a line of text now and then (tqdm.write, print, ...), or None
     main             whether this process writes
+    precision        of the stage, in which the model answers
     """
 
     def __init__(

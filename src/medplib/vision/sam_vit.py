@@ -16,8 +16,9 @@ from timm.models.vision_transformer_sam import (
 )
 from torch import Tensor, nn
 
-from medplib.errors import CheckpointError, InputError
+from medplib.errors import InputError
 from medplib.vision.features import VisionFeatures
+from medplib.weights import check_fit
 
 # Published names that differ from timm's, as (published, timm).
 SAM_NAMES = (("mlp.lin1.", "mlp.fc1."), ("mlp.lin2.", "mlp.fc2."), ("Adapter.", "adapter."))
@@ -145,14 +146,8 @@ class SamImageEncoder(nn.Module):
         """
         given = {sam_to_timm(k.removeprefix(prefix)): v for k, v in state.items() if k.startswith(prefix)}
         wanted = self.network.state_dict()
-        missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-        wrong = sorted(k for k in wanted.keys() & given.keys() if wanted[k].shape != given[k].shape)
-        if missing or unexpected or wrong:
-            raise CheckpointError(
-                f"The weights under {prefix!r} do not fit this image encoder: missing {missing[:5]}, "
-                f"unexpected {unexpected[:5]}, other shape {wrong[:5]}. "
-                "Check dim, depth, image_size and adapters."
-            )
+        remedy = "Check dim, depth, image_size and adapters."
+        check_fit(given, wanted, f"The weights under {prefix!r}", remedy)
         self.network.load_state_dict(given)
 
 

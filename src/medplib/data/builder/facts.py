@@ -70,8 +70,7 @@ class Thing:
     @cached_property
     def box(self) -> Box:
         """Its bounding box."""
-        ys, xs = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
-        return Box(float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1))
+        return Box.around(self.mask)
 
     @property
     def size(self) -> str:

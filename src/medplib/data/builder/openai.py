@@ -138,11 +138,7 @@ class OpenAIWriter:
                     hint = f" Is ${self.api_key_env} set and right?" if error.code in (401, 403) else ""
                     raise MedPLIBError(f"{self.base_url} refused the request: {reason}.{hint}") from None
                 wait = wait if after is None else min(after, self.longest_wait)
-            except (
-                OSError,
-                ValueError,
-                http.client.HTTPException,
-            ) as error:  # no connection, a time-out, or not the protocol's JSON
+            except _PASSING as error:
                 reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 self._sleep(wait)

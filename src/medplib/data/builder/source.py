@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from medplib.data.names import CLASSES, SliceName, class_names, slice_name, spoken
-from medplib.data.readers.sa_med2d import KNOWN_BAD
+from medplib.data.readers.sa_med2d import INDEX, KNOWN_BAD
 from medplib.data.samples import ImageSample, Structure
 from medplib.errors import InputError
-
-INDEX = "SAMed2D_v1.json"
 
 
 class SAMed2DFolder(Sequence[ImageSample]):

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medplib.data.files import ImageFile
-from medplib.data.names import modality_of, spoken
+from medplib.data.names import check_modality, spoken
 from medplib.data.questions import present_answer
 from medplib.data.readers.common import Listing, Store, build, find_files, image_store, of_split
 from medplib.data.record import Record
@@ -43,9 +43,10 @@ def read_coco(
     images    the folder or zip of the pictures; by default found near the file by its first picture
     modality  of all images
     crowds    take also annotations with iscrowd
-    Memory: 8 bytes per image and per annotation, 8 per record.
+
+    Memory: 8 bytes per image, 16 per annotation, 16 per record.
     """
-    modality = modality_of(modality)
+    modality = check_modality(modality)
     files = find_files(path, ("annotations/instances*.json", "annotations/*.json", "*.json"), "COCO")
     report, parts = ReadReport(), []
     for file, name in of_split(files, split, "COCO"):

@@ -26,7 +26,6 @@ from medplib.data.questions import present_answer
 from medplib.data.readers.common import BACKSLASHES, SPLITS, Skip, Store, Unusable, pair_up, text_of
 from medplib.data.record import ANSWER_TYPES, Record
 from medplib.data.report import ReadReport
-from medplib.data.samples import MODALITIES
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
 
@@ -73,7 +72,7 @@ class ColumnsRow:
                 masks=masks,
                 source=self.source,
                 row=number,
-                modality=_modality(words) or self.modality,
+                modality=modality_of(words) or self.modality,
                 answer_type=answer_type if answer_type in ANSWER_TYPES else None,
                 case=text_of(row, "case") or None,
                 split=split,
@@ -91,7 +90,7 @@ class ColumnsRow:
         about = record.turns[0][0]
         cells = {name: row.get(column) for name, column in self.columns.items()}
         words, answer_type = text_of(cells, "modality"), text_of(cells, "answer_type")
-        if words and _modality(words) is None:
+        if words and modality_of(words) is None:
             report.add("unknown", f"modality {words!r}", about)
         if answer_type and record.answer_type is None:
             report.add("unknown", f"answer_type {answer_type!r}", about)
@@ -110,11 +109,6 @@ class ColumnsRow:
         if isinstance(item, str) and self.store is not None:
             return self.store.file(item.strip())
         raise Unusable("an image or mask that is no file", f"{type(item).__name__} {item!r:.60}")
-
-
-def _modality(words: str) -> str | None:
-    """One of MODALITIES, given as such or in a data set's own words; None if unknown."""
-    return words if words in MODALITIES else modality_of(words)
 
 
 def _turns(row: Mapping[str, Any], labels: tuple[str, ...], regions: int, masks: int) -> tuple:

@@ -141,21 +141,34 @@ def build(
 def index(
     path: Path, check: Callable[[Any], None], report: ReadReport, parse: ParseCsv | None = None
 ) -> tuple[Rows, np.ndarray | None]:
-    """The rows of a JSON or CSV file, and the numbers of those for which `check(row)` raises no Unusable."""
+    """The rows of a JSON or CSV file, and the numbers of those that `check` lets pass (None: all)."""
 
     def look(number: int, row: Any) -> bool:
-        try:
-            check(row)
-        except Skip:
-            return False
-        except Unusable as error:
-            report.add("dropped", error.kind, error.example or f"row {number} of {path.name}")
-            return False
-        return True
+        return _passes(check, row, number, path.name, report)
 
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         return index_json(path, look)
     return index_csv(path, look, parse)
+
+
+def keep(
+    rows: Iterable[Any], check: Callable[[Any], None], name: str, report: ReadReport
+) -> np.ndarray | None:
+    """The numbers of the rows that `check` lets pass, None for all; `name` is what the report calls them."""
+    passed = np.fromiter((_passes(check, row, i, name, report) for i, row in enumerate(rows)), bool)
+    return None if passed.all() else np.flatnonzero(passed)
+
+
+def _passes(check: Callable[[Any], None], row: Any, number: int, name: str, report: ReadReport) -> bool:
+    """Whether `check(row)` raises neither Skip nor Unusable, which is reported."""
+    try:
+        check(row)
+    except Skip:
+        return False
+    except Unusable as error:
+        report.add("dropped", error.kind, error.example or f"row {number} of {name}")
+        return False
+    return True
 
 
 def find_files(path: str | os.PathLike, patterns: Sequence[str], what: str) -> list[Path]:

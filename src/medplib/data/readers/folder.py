@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medplib.data.files import File, ImageFile, MaskFile
-from medplib.data.names import modality_of, slice_name, spoken
+from medplib.data.names import check_modality, slice_name, spoken
 from medplib.data.questions import present_answer
 from medplib.data.readers.columns import ColumnsRow, check_columns
 from medplib.data.readers.common import (
@@ -27,7 +27,6 @@ from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
 from medplib.data.rows import MemoryRows, ParseCsv, text_lines
-from medplib.data.samples import MODALITIES
 from medplib.errors import InputError
 
 
@@ -47,11 +46,7 @@ def read_folder(
     modality  of all images
     source    what the records call their data set
     """
-    if modality is not None:
-        given, modality = modality, modality if modality in MODALITIES else modality_of(modality)
-        if modality is None:
-            raise InputError(f"modality must be one of {', '.join(MODALITIES)}, got {given!r}.")
-    path = Path(path)
+    modality, path = check_modality(modality), Path(path)
     if path.is_file():
         return _read_table(path, split, columns, images, modality, source)
     if columns is not None:

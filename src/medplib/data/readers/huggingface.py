@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medplib.data.features import class_names, stand_ins, with_names
+from medplib.data.names import check_modality
 from medplib.data.parquet import ParquetRows
 from medplib.data.readers.columns import PIXELS, ColumnsRow, check_columns
-from medplib.data.readers.common import SPLITS, Skip, Store, Unusable, build, find_files, of_split
+from medplib.data.readers.common import SPLITS, Store, Unusable, build, find_files, keep, of_split
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
 from medplib.errors import InputError
@@ -34,6 +34,7 @@ def read_huggingface(
 
     Nothing is fetched: download a data set first, as with `hf download --repo-type dataset NAME`.
     """
+    modality = check_modality(modality)
     report, parts = ReadReport(), []
     for rows, name in _tables(path, split):
         chosen = check_columns(columns, rows.columns, f"The data set {rows.name!r}")
@@ -41,17 +42,10 @@ def read_huggingface(
         heavy = [column for key, column in chosen.items() if key in PIXELS and rows.heavy(column)]
         light = [column for column in chosen.values() if column not in heavy]
         pictures = (rows.stand_ins(column) for column in heavy)  # they stay unread
-        kept = []
-        for number, (row, *held) in enumerate(zip(rows.light(light), *pictures, strict=True)):
-            try:
-                _check({**row, **dict(zip(heavy, held, strict=True))}, make, report)
-            except Skip:
-                continue
-            except Unusable as error:
-                report.add("dropped", error.kind, error.example or f"row {number} of {rows.name}")
-                continue
-            kept.append(number)
-        parts.append((rows, None if len(kept) == len(rows) else np.array(kept, np.int64), make))
+        both = zip(rows.light(light), *pictures, strict=True)
+        whole = ({**row, **dict(zip(heavy, held, strict=True))} for row, *held in both)
+        kept = keep(whole, partial(_check, make=make, report=report), rows.name, report)
+        parts.append((rows, kept, make))
     return build(source, parts, report, "Name the columns by columns={...}.")
 
 

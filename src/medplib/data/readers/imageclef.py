@@ -60,7 +60,16 @@ def read_imageclef(
             f"{f' for {year}' if year else ''}. Check the path."
         )
     chosen = of_split(whole or files, split, "ImageCLEF VQA-Med")
-    records = concat([_read(file, name, images) for file, name in chosen])
+    alone = [file for file, _ in chosen if not _has_questions(file)]
+    if len(alone) == len(chosen):
+        raise InputError(
+            f"No line of {str(alone[0])!r} holds a question between its image and its answer. Lines should "
+            "be `imageID|question|answer`; reference answers need their questions beside them, in a file of "
+            "the same name that ends in Questions.txt."
+        )
+    records = concat([_read(file, name, images) for file, name in chosen if file not in alone])
+    for file in alone:
+        records.report.add("dropped", "answers without questions", file.name)
     for kind, file in _left_out(found, files):
         records.report.add("dropped", kind, file.name)
     return records
@@ -73,12 +82,6 @@ def _read(file: Path, split: str | None, images: str | os.PathLike | None) -> Re
     if questions is not None:
         rows = JoinedRows(questions, file)
         return vqa_set("imageclef", [(rows, split)], ParseLine(suffix), (), store=open_store(folder))
-    if not any(_ASKS.search(field) for _, *fields in _fields(file) for field in fields[:-1]):
-        raise InputError(
-            f"No line of {str(file)!r} holds a question between its image and its answer. Lines should be "
-            "`imageID|question|answer`; reference answers need their questions beside them, in a file of the "
-            "same name that ends in Questions.txt."
-        )
     return read_vqa("imageclef", [(file, split)], ParseLine(suffix), folder, (), LINES)
 
 
@@ -163,6 +166,12 @@ def _answers(file: Path) -> Path | None:
 
 def _questions(file: Path) -> Path | None:
     return _partner(file, "referenceanswers", "questions")
+
+
+def _has_questions(file: Path) -> bool:
+    """Whether a table holds a question before an answer, or the file beside it does."""
+    asked = (field for _, *fields in _fields(file) for field in fields[:-1])
+    return _questions(file) is not None or any(map(_ASKS.search, asked))
 
 
 def _fields(file: Path) -> Iterator[list[str]]:

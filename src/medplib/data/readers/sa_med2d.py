@@ -47,7 +47,8 @@ def read_sa_med2d(
     split: str | None = None,
     *,
     per: str = "class",
-    exclude: str | Collection[str] = KNOWN_BAD,
+    exclude: str | Collection[str] = (),
+    known_bad: bool = False,
     index: str | os.PathLike | None = None,
     classes: str | os.PathLike | None = None,
     verify: bool = True,
@@ -55,19 +56,21 @@ def read_sa_med2d(
 ) -> RecordSet:
     """SA-Med2D-20M from its folder, its zip, or one of the lists above.
 
-    split    only for SAM-Med2D's lists, by their names
-    per      "class": one record per image and class; "image": one record per image, a turn per class
-    exclude  the data sets left out, one or several; by default those known to be bad
-    index    the JSON list, if it is not in the folder or zip
-    classes  the JSON table of class numbers, likewise
-    verify   look whether each file is there; a list of millions takes minutes less without
-    cache    where a list that is packed inside the zip is unpacked to, once (default: ~/.cache/medplib)
+    split      only for SAM-Med2D's lists, by their names
+    per        "class": one record per image and class; "image": one record per image, a turn per class
+    exclude    the data sets left out, one or several, beside those known to be bad
+    known_bad  read these too: Brain_PTM and QUBIQ2020, some of whose images are masks
+    index      the JSON list, if it is not in the folder or zip
+    classes    the JSON table of class numbers, likewise
+    verify     look whether each file is there; a list of millions takes minutes less without
+    cache      where a list that is packed inside the zip is unpacked to, once (default: ~/.cache/medplib)
 
     Memory: 8 bytes per image and per class in it, 8 per record for "image"; a zip adds 16 per file in it.
     """
     if per not in ("class", "image"):
         raise InputError(f"per must be 'class' or 'image', got {per!r}.")
     excluded = frozenset([exclude] if isinstance(exclude, str) else exclude)
+    excluded |= frozenset() if known_bad else frozenset(KNOWN_BAD)
     given = Path(path)
     if given.suffix == ".json":
         index, store = given, _near(given)

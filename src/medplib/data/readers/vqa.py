@@ -17,6 +17,7 @@ from medplib.data.readers.common import (
     build,
     image_store,
     index,
+    keep,
 )
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
@@ -104,23 +105,15 @@ def vqa_set(
 
     The columns `look` decide what is kept, and whether the picture is there.
     """
-    import numpy as np
-
     report, parts = ReadReport(), []
     listing = Listing(store, report) if store is not None else None
+
+    def check(row: Any) -> None:
+        _check(parse(row), listing, report)
+
     for rows, split in tables:
-        kept = []
-        for number, row in enumerate(_light(rows, look, pictures)):
-            try:
-                _check(parse(row), listing, report)
-            except Skip:
-                continue
-            except Unusable as error:
-                report.add("dropped", error.kind, error.example or f"row {number} of {rows.name}")
-                continue
-            kept.append(number)
-        numbers = None if len(kept) == len(rows) else np.array(kept, np.int64)
-        parts.append((rows, numbers, VqaRow(source, split, store, parse)))
+        kept = keep(_light(rows, look, pictures), check, rows.name, report)
+        parts.append((rows, kept, VqaRow(source, split, store, parse)))
     return build(source, parts, report)
 
 
