@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medplib.conversation import REGION
 from medplib.decoders.postprocess import mask_score, masks_from_logits
 from medplib.errors import InputError
 from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
@@ -132,14 +133,20 @@ class AnsweringMixin:
     ) -> Answer:
         """Ask one question about one image or several.
 
-        images: a path, PIL image, array or tensor, or a list of them. prompts: regions in pixels of the first
-        image, in the order of "<region>" in the question. history: earlier (question, answer) turns.
-        Keyword arguments go to `generate`. Raises InputError (see MedPLIBProcessor).
+        images: a path, PIL image, array or tensor, or a list of them; or the Answer to go on from, with its
+        images, prompts and turns. prompts: regions in pixels of the first image, in the order of "<region>"
+        in the question. history: earlier (question, answer) turns. Keyword arguments go to `generate`. Raises
+        InputError (see MedPLIBProcessor).
 
-            model.ask("scan.png", "What is in <region>?", prompts=[Box(40, 60, 120, 150)]).text
+            answer = model.ask("scan.png", "What is in <region>?", prompts=[Box(40, 60, 120, 150)])
+            model.ask(answer, "Is it on the left?").text
         """
-        images = list(images) if isinstance(images, list | tuple) else [images]
         prompts = [prompts] if isinstance(prompts, Point | Box | Mask) else list(prompts or ())
+        if isinstance(images, Answer):
+            if history:
+                raise InputError("An Answer brings its own turns; give either it or history.")
+            images, history, prompts = images.images, images.history, [*images.prompts, *prompts]
+        images = list(images) if isinstance(images, list | tuple) else [images]
         sample = Sample(images, [*history, (question, None)], prompts)
         return self.answer([sample], max_new_tokens=max_new_tokens, seed=seed, **kwargs)[0]
 
@@ -173,7 +180,8 @@ class AnsweringMixin:
         if limit is not None and prompt + new > limit:
             raise InputError(
                 f"The prompt takes {prompt} tokens and max_new_tokens is {new}, but the language model "
-                f"reads at most {limit} together. Shorten the question, or give fewer images."
+                f"reads at most {limit} together. Shorten the question, give fewer images, or begin a new "
+                "conversation."
             )
 
     def _draw_generated(self, batch: Batch, generated: Generation) -> list[tuple[int, int, Tensor]]:
@@ -193,7 +201,7 @@ class AnsweringMixin:
         return [(rows[i], at, logit) for i, at, logit in zip(kept, places, logits.float(), strict=True)]
 
     def _to_answer(self, row, sample, batch, generated, drawn, seed, chosen: Quirks) -> Answer:
-        text, _, labels = self.processor.decode(generated.ids[row])
+        text, written, labels = self.processor.decode(generated.ids[row])
         config = self.config.mask
         cut = torch.tensor(THRESHOLD if chosen.threshold else config.threshold).logit().item()
         geometry = "official" if chosen.crop else config.geometry
@@ -207,7 +215,18 @@ class AnsweringMixin:
         images = [batch.images[i] for i in pictures]
         shown = sample.prompt_images or [0] * len(sample.prompts)
         prompts = tuple(p for p, image in zip(sample.prompts, shown, strict=True) if image == 0)
-        return Answer(text, findings, images, question, prompts, self.identity(), seed)
+        history = _turns_to_go_on_from(sample, written)
+        return Answer(text, findings, images, question, prompts, self.identity(), seed, history)
+
+
+def _turns_to_go_on_from(sample: Sample, written: str) -> tuple[tuple[str, str], ...]:
+    """The turns with the new answer; each prompt has its <region>, and a <region> without one is a word."""
+    turns = [*sample.turns[:-1], (sample.turns[-1][0], written)]
+    if not sample.prompts:
+        return tuple((question.replace(REGION, "region"), answer) for question, answer in turns)
+    missing = len(sample.prompts) - sum(question.count(REGION) for question, _ in turns)
+    question, answer = turns[-1]
+    return (*map(tuple, turns[:-1]), (question.rstrip() + f" {REGION}" * missing, answer))
 
 
 @contextmanager

@@ -92,8 +92,10 @@ class Finding:
 class Answer:
     """What the model said and showed.
 
-    images: uint8 (H, W, 3) each, the originals; prompts: the Points, Boxes and Masks of the question, which
-    lie on the first image; model: {"name": ..., "weights_sha256": ...}; seed: of the random numbers, if any.
+    images: uint8 (H, W, 3) each, the originals; prompts: the Points, Boxes and Masks of the question and of
+    those before it, which lie on the first image; model: {"name": ..., "weights_sha256": ...}; seed: of the
+    random numbers, if any; history: (question, answer) turns up to this one, with the control tokens that the
+    model wrote, as the next question of the conversation needs them.
 
         answer = model.ask("chest_ct.png", "Segment the right lung.")
         answer.text, answer.findings[0].box, answer.masks     # masks: bool (S, H, W)
@@ -107,6 +109,7 @@ class Answer:
     prompts: tuple = ()
     model: dict = dataclasses.field(default_factory=dict)
     seed: int | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         self.findings, self.images = list(self.findings), list(self.images)
@@ -153,6 +156,7 @@ class Answer:
             "model": {"name": None, "weights_sha256": None, **self.model},
             "versions": versions(),
             "seed": self.seed,
+            "history": [list(turn) for turn in self.history],
             "notice": NOTICE,
         }
 

@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medplib.apps.chat import chat
 from medplib.apps.data_cli import data
 from medplib.apps.evaluate_cli import compare, evaluate
-from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_model_options, load_model
+from medplib.apps.models import (
+    Device,
+    DeviceMap,
+    DType,
+    ModelName,
+    Quantize,
+    check_model_options,
+    check_out,
+    load_model,
+)
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
@@ -32,6 +42,7 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(chat)
 app.command()(evaluate)
 app.command()(compare)
 
@@ -120,7 +131,7 @@ def ask(
     prompts = ctx.meta["medplib.prompts"]
     options = {"seed": seed} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
     with errors_in_one_line():
-        _check_out(out)
+        check_out(out)
         check_model_options(device, dtype, quantize, device_map)
         load = functools.partial(load_model, model, device, dtype, quantize, device_map)
         if batch is not None:
@@ -181,7 +192,7 @@ def segment(
     Of a volume --out gets one .nii.gz per name, which lies on the volume voxel by voxel.
     """
     with errors_in_one_line():
-        _check_out(out)
+        check_out(out)
         check_model_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
@@ -208,12 +219,6 @@ def segment(
         show_volume_answer(answer, out, written)
     else:
         show_answer(answer, out, written)
-
-
-def _check_out(out: Path | None) -> None:
-    """Raise InputError for a file, before the model is loaded."""
-    if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
-        raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
 
 
 def _load_images(

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,12 @@ def check_model_options(
         raise InputError(f"--device-map must be auto, got {device_map!r}. For one device use --device.")
     if device is not None and device_map is not None:
         raise InputError("Give either --device or --device-map.")
+
+
+def check_out(out: Path | None) -> None:
+    """Raise InputError for a file, before the model is loaded."""
+    if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
+        raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
 
 
 def load_model(

@@ -33,7 +33,7 @@ def errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def show_answer(answer: Answer, out: Path | None, written: Sequence[Path]) -> None:
+def show_answer(answer: Answer, out: Path | None, written: Sequence[Path], notice: bool = True) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -53,7 +53,7 @@ def show_answer(answer: Answer, out: Path | None, written: Sequence[Path]) -> No
             ]
             table.add_row(*cells, *([str(finding.image)] if several else []))
         Console(emoji=False, soft_wrap=False).print(table)
-    _show_files(out, written)
+    _show_files(out, written, notice)
 
 
 def show_volume_answer(answer: VolumeAnswer, out: Path | None, written: Sequence[Path]) -> None:
@@ -71,10 +71,11 @@ def show_volume_answer(answer: VolumeAnswer, out: Path | None, written: Sequence
     _show_files(out, written)
 
 
-def _show_files(out: Path | None, written: Sequence[Path]) -> None:
+def _show_files(out: Path | None, written: Sequence[Path], notice: bool = True) -> None:
     if out is not None:
         typer.echo(f"Written to {printable(str(out))}: {', '.join(path.name for path in written)}")
-    typer.echo(NOTICE)
+    if notice:
+        typer.echo(NOTICE)
 
 
 def printable(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -47,6 +47,14 @@ SEVERAL_QUESTIONS = (
     "Outline {list}.",
     "Where are {list}?",
     "Show me {list}.",
+)
+FOLLOW_UP_QUESTIONS = (  # after a question of these kinds
+    "And the {s}?",
+    "Now the {s}.",
+    "Now segment the {s}.",
+    "What about the {s}?",
+    "Also the {s}.",
+    "Please mark the {s} as well.",
 )
 PRESENCE_QUESTIONS = (
     "Is {the}{s} visible in this image?",
@@ -148,6 +156,13 @@ class QuestionMaker:
         if mask is None:
             return Question("absent", question, absent_answer(name), names=(name,))
         return Question("grounding", question, present_answer([name]), (mask,), names=(name,))
+
+    def follow_up(self, rng: np.random.Generator, question: Question, before: Question) -> Question:
+        """A question for one structure, in fewer words where the question before it asked to draw, too."""
+        kinds = ("grounding", "absent", "several")
+        if question.task not in kinds[:2] or before.task not in kinds:
+            return question
+        return replace(question, question=_fill(_pick(rng, FOLLOW_UP_QUESTIONS), question.names[0]))
 
     def several(
         self, rng: np.random.Generator, present: Sequence[tuple[str, np.ndarray]], absent: Sequence[str]

@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from medplib.conversation import REGION
 from medplib.data.files import Held
 from medplib.data.mini import INDEX, default_mini_root, load_mini
 from medplib.data.options import check_options
-from medplib.data.questions import QuestionMaker
+from medplib.data.questions import Question, QuestionMaker
 from medplib.data.readers import read
 from medplib.data.record import Record
 from medplib.data.samples import keyed_rng
@@ -32,6 +33,9 @@ MINI_TASKS = {
     "region": {"region": 1.0},
     "grounding": {"grounding": 0.5, "absent": 0.35, "several": 0.15},
 }
+
+
+_FOLLOW_UPS = 0.4  # share of the later turns that are asked in fewer words, where they can be
 
 
 class Drawn(Protocol):
@@ -48,6 +52,7 @@ class MiniQuestions:
     is `per_epoch` (default: the number of images in the split).
 
     tasks      of MINI_TASKS, or {kind of question: share}
+    turns      the most questions that follow one another in a conversation; how many do is drawn
     weights    {data set: share}
     table, removal  chances of a table in the picture and of a structure taken out of it
     unchanged  the chance that an image is not augmented
@@ -61,6 +66,7 @@ class MiniQuestions:
         *,
         tasks: Mapping[str, float] | Sequence[str] | str = ("vqa", "region", "grounding"),
         per_image: int = 1,
+        turns: int = 1,
         per_epoch: int | None = None,
         weights: Mapping[str, float] | None = None,
         table: float = 0.5,
@@ -70,8 +76,9 @@ class MiniQuestions:
         from medplib.training.conversations import QuestionDraws
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
-                         "table": table, "removal": removal, "unchanged": unchanged}  # fmt: skip
-        _check_range({"per_image": per_image, "per_epoch": per_epoch}, 1, None)
+                         "table": table, "removal": removal, "unchanged": unchanged,
+                         "turns": turns}  # fmt: skip
+        _check_range({"per_image": per_image, "turns": turns, "per_epoch": per_epoch}, 1, None)
         _check_range({"table": table, "removal": removal, "unchanged": unchanged}, 0, 1)
         if weights is not None:
             _check_shares("weights", weights)
@@ -79,7 +86,7 @@ class MiniQuestions:
         shares = None if weights is None else tuple(sorted(weights.items()))
         self.images, vocabulary, count = _mini_images(split, shares, table, removal, unchanged)
         self.questions = QuestionDraws(QuestionMaker(vocabulary), mix)
-        self.per_image, self.length, self.split = per_image, per_epoch or count, split
+        self.per_image, self.turns, self.length, self.split = per_image, turns, per_epoch or count, split
 
     def __len__(self) -> int:
         return self.length
@@ -87,28 +94,30 @@ class MiniQuestions:
     def draw(self, seed: int, epoch: int, index: int) -> list[Record]:
         rng = keyed_rng("mini", seed, epoch, index)
         item = self.images.draw(rng)
-        image = (Held(item.image),)
+        image = Held(item.image)
+        drawn = [self.questions(item, rng) for _ in range(self.per_image)]
         records = []
-        for _ in range(self.per_image):
-            q = self.questions(item, rng)
-            question = q.question
-            if q.prompts and "<region>" not in question:
-                question = f"{question} <region>"
-            regions = tuple(Held(p.mask) if isinstance(p, Mask) else p for p in q.prompts)
-            records.append(
-                Record(
-                    ((question, q.answer),),
-                    image,
-                    regions,
-                    tuple(Held(m) for m in q.masks),
-                    "mini",
-                    index,
-                    item.modality,
-                    split=self.split,
-                    labels=q.names,
-                )
-            )
+        while drawn:
+            count = 1 if self.turns == 1 else int(rng.integers(1, self.turns + 1))
+            turns, drawn = drawn[:count], drawn[count:]
+            for i in range(1, len(turns)):
+                if rng.random() < _FOLLOW_UPS:
+                    turns[i] = self.questions.maker.follow_up(rng, turns[i], turns[i - 1])
+            records.append(self._record(turns, image, item.modality, index))
         return records
+
+    def _record(self, turns: Sequence[Question], image: Held, modality: str, index: int) -> Record:
+        return Record(
+            tuple((_with_region(turn), turn.answer) for turn in turns),
+            (image,),
+            tuple(Held(p.mask) if isinstance(p, Mask) else p for turn in turns for p in turn.prompts),
+            tuple(Held(mask) for turn in turns for mask in turn.masks),
+            "mini",
+            index,
+            modality,
+            split=self.split,
+            labels=tuple(name for turn in turns for name in turn.names),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -117,6 +126,12 @@ class MiniQuestions:
             self.settings, sort_keys=True
         ).encode()
         return hashlib.sha256(content).hexdigest()
+
+
+def _with_region(turn: Question) -> str:
+    """The question, with the place of its region if it lost it in lower case."""
+    missing = turn.prompts and REGION not in turn.question
+    return f"{turn.question} {REGION}" if missing else turn.question
 
 
 @lru_cache(maxsize=4)
