@@ -44,11 +44,19 @@ class Measured:
         return {k: (float(np.mean(v)), len(v)) for k, v in sorted(groups.items(), key=str)}
 
 
-def measure(model, images: Sequence[ImageSample], maker: QuestionMaker, batch_size: int = 12) -> Measured:
-    """Ask `model` about every image; the draws (which absent names, which point) are keyed by the image."""
+def measure(
+    model, images: Sequence[ImageSample], maker: QuestionMaker, before: int = 0, batch_size: int = 12
+) -> Measured:
+    """Ask `model` about every image; the draws (which absent names, which point) are keyed by the image.
+
+    before: how many other questions, with their right answers, stand before each in the conversation.
+    """
     jobs: list[tuple[Sample, dict]] = []
     for number, item in enumerate(images):
-        jobs += _questions(item, number, maker)
+        rng = keyed_rng("card before", item.dataset, item.case, number)
+        for sample, row in _questions(item, number, maker):
+            sample.turns = [*(_turn(rng, item, maker) for _ in range(before)), *sample.turns]
+            jobs.append((sample, row))
     out = Measured()
     for start in tqdm(range(0, len(jobs), batch_size), desc="questions", unit_scale=batch_size):
         chunk = jobs[start : start + batch_size]
@@ -90,6 +98,22 @@ def _questions(item: ImageSample, number: int, maker: QuestionMaker) -> list[tup
     for name in [*own, *(others[i] for i in rng.permutation(len(others))[:3])]:
         jobs.append(ask(f"Segment the {name}.", task="absent", name=name, own=name in own))
     return jobs
+
+
+def _turn(rng: np.random.Generator, item: ImageSample, maker: QuestionMaker) -> tuple[str, str]:
+    """A question about the image's modality, a structure that is there or one that is not, and its answer."""
+    own, others = maker.absent_names(item.dataset, item.names)
+    missing = [*own, *others]
+    present = item.names[rng.integers(len(item.names))] if item.names else None
+    kind = rng.integers(4)
+    if kind == 0 or (present is None and kind < 3):
+        asked = maker.modality(rng, item.modality)
+    elif kind == 1:
+        asked = maker.presence(rng, present, True)
+    else:
+        name = present if kind == 2 else missing[rng.integers(len(missing))]
+        asked = maker.grounding(rng, name, item.load_mask(name) if kind == 2 else None, item.modality)
+    return asked.question, asked.answer
 
 
 def _two(item: ImageSample, masks: np.ndarray, number: int) -> tuple[list[str], list[np.ndarray]]:
@@ -161,8 +185,9 @@ def floors(measured: Measured, trained: dict[str, int]) -> dict[str, float]:
     }
 
 
-def tables(measured: Measured, trained: dict[str, int]) -> str:
-    """Markdown: headline, then by tier, modality and provenance, then by structure."""
+def tables(measured: Measured, later: Measured, trained: dict[str, int]) -> str:
+    """Markdown: headline, then by tier, modality and provenance, then by structure; `later` is the same after
+    two other questions."""
 
     def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -171,7 +196,8 @@ def tables(measured: Measured, trained: dict[str, int]) -> str:
     def rows(what: str, by: Sequence[str], **where) -> list[list]:
         return [[*k, f"{m:.3f}", n] for k, (m, n) in measured.mean(what, by, **where).items()]
 
-    head = [[k, f"{v:.3f}"] for k, v in floors(measured, trained).items()]
+    after = floors(later, trained)
+    head = [[k, f"{v:.3f}", f"{after[k]:.3f}"] for k, v in floors(measured, trained).items()]
     dice_rows = [
         [*k, trained.get(k[2], 0), f"{m:.3f}", n]
         for k, (m, n) in measured.mean("dice", ["tier", "modality", "name", "provenance"]).items()
@@ -179,7 +205,8 @@ def tables(measured: Measured, trained: dict[str, int]) -> str:
     by = ["tier", "modality"]
     return "\n".join(
         [
-            "### Headline (real test images)\n", table(["what", "measured"], head),
+            "### Headline (real test images)\n",
+            table(["what", "measured", "after two other questions"], head),
             "### Grounding by tier, modality and provenance (Dice, 0 where no mask was drawn)\n",
             table([*by, "provenance", "Dice", "n"], rows("dice", [*by, "provenance"])),
             "### Grounding by structure\n",
@@ -270,10 +297,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         for name in s.names:
             trained[name] += 1
             vocabulary[name].add(s.dataset)
-    measured = measure(model, held_out(), QuestionMaker(vocabulary))
+    maker, images = QuestionMaker(vocabulary), held_out()
+    measured, later = measure(model, images, maker), measure(model, images, maker, before=2)
     if options.rows:
         options.rows.write_text("".join(json.dumps(r) + "\n" for r in measured.rows), encoding="utf-8")
-    text = tables(measured, dict(trained))
+    text = tables(measured, later, dict(trained))
     if options.card:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         sha = weights_sha256(model.source)
@@ -281,8 +309,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         options.card.write_text(
             CARD.format(parameters=parameters, layers=layers, sha256=sha, tables=text), encoding="utf-8"
         )
+    after = floors(later, dict(trained))
     for name, value in floors(measured, dict(trained)).items():
-        tqdm.write(f"{value:.3f}  {name}")
+        tqdm.write(f"{value:.3f}  {after[name]:.3f}  {name}")
 
 
 if __name__ == "__main__":
