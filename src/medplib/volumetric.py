@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from medplib.errors import InputError
+from medplib.io import dicom_seg as dicom
 from medplib.io.folder import write_together
 from medplib.io.overlay import COLOURS, with_legend
 from medplib.io.volume import AXES, Volume, load_volume
@@ -49,6 +50,7 @@ class VolumeAnswer:
     answer.findings[0].voxels, answer.millilitres(0)
     answer.masks                       # bool (findings, i, j, k), on the file's own voxels
     answer.save("out/")                # mask_0_right_lung.nii.gz, ..., overlay.png, answer.json
+    answer.save_dicom_seg("seg.dcm")   # of DICOM alone; repeats who the patient is
     """
 
     volume: Volume
@@ -105,12 +107,16 @@ class VolumeAnswer:
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(self.findings))]  # as the sheet has them
         return with_legend(contact_sheet(rows), [f.label for f in self.findings], colours)
 
-    def save(self, folder: str | os.PathLike) -> list[Path]:
+    def save(self, folder: str | os.PathLike, *, dicom_seg: bool = False) -> list[Path]:
         """Write a .nii.gz per finding (0 and 1, on the voxels of the file), overlay.png and answer.json.
 
-        All files appear together or, after an error, none, as for `Answer.save`, and raises as that does.
+        dicom_seg: write segmentation.dcm too, see `save_dicom_seg`, unless nothing was drawn. It, and it
+        alone, repeats who the patient is. All files appear together or, after an error, none, as for
+        `Answer.save`, and raises as that does.
         """
         record, files = self.to_dict(), {}
+        if dicom_seg and any(found.voxels for found in self.findings):
+            files[dicom.FILE] = self._dicom_seg()
         for number, found in enumerate(self.findings):
             name = f"mask_{number}_{file_label(found.label)}.nii.gz"
             files[name] = self.volume.encode(found.mask, f"{SOFTWARE}: {NOTICE}")
@@ -118,6 +124,22 @@ class VolumeAnswer:
         files["overlay.png"] = png(self.overview())
         files["answer.json"] = (json.dumps(record, indent=2) + "\n").encode()
         return write_together(folder, files, is_ours)
+
+    def save_dicom_seg(self, path: str | os.PathLike) -> Path:
+        """Write a DICOM Segmentation object: a segment per structure drawn, a frame per slice it is in.
+
+        By design of the standard (PS3.3 A.51) it repeats the patient's identity, the study and the scanner
+        from the images it was drawn in, which it refers to. Nothing else that medplib writes does so. Masks
+        are binary (H, W), rows and columns as those images have them. Raises InputError if the volume is not
+        of DICOM, its files have changed or nothing was drawn, MedPLIBError if the folder cannot be written,
+        ImportError without highdicom (`medplib[dicom-seg]`); there is no file then.
+        """
+        return dicom.write(path, self._dicom_seg())
+
+    def _dicom_seg(self) -> bytes:
+        masks = self.masks.transpose(0, 3, 2, 1)  # (findings, slices, H, W)
+        labels = [found.label for found in self.findings]
+        return dicom.encode(self.volume.frames, masks, labels, self.model, repr(self.volume.name))
 
     def __repr__(self) -> str:
         found = ", ".join(f"{f.label} {self.millilitres(i):.1f} ml" for i, f in enumerate(self.findings))

@@ -16,7 +16,7 @@ from medplib.apps.models import check_options, load_model
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
-from medplib.apps.volumes import is_volume, parse_slices, picture_of, progress_of
+from medplib.apps.volumes import check_source, is_volume, parse_slices, picture_of, progress_of
 from medplib.errors import InputError
 
 if TYPE_CHECKING:
@@ -181,6 +181,14 @@ def segment(
         str | None, typer.Option(metavar="FIRST:LAST", help="These slices of a volume alone, both included.")
     ] = None,
     window: _Window = None,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option(
+            "--dicom-seg",
+            help="Write a DICOM segmentation into the folder of --out too. By design of the standard it, and "
+            "it alone, repeats the patient's identity from the images.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="How many slices are looked at together.")] = 4,
     seed: _Seed = 0,
     device: _Device = None,
@@ -196,11 +204,15 @@ def segment(
     with errors_in_one_line():
         if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
             raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
+        if dicom_seg and out is None:
+            raise InputError("--dicom-seg writes into the folder of --out. Give --out DIR too.")
         check_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
                 raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
             picture = picture_of(image, axis, None, window)
+            if dicom_seg:
+                check_source(image)
             loaded = load_model(model, device, dtype, quantize, device_map)
             answer = loaded.segment(picture, names, seed=seed)
         else:
@@ -209,13 +221,18 @@ def segment(
 
             opened = load_volume(image, window)
             chosen = opened.numbers(axis, parse_slices(slices))
+            if dicom_seg:
+                check_source(opened)
             loaded = load_model(model, device, dtype, quantize, device_map)
             with progress_of(len(chosen)) as progress:
                 answer = segment_volume(
                     loaded, opened, names, axis=axis, slices=chosen, batch_size=batch_size,
                     progress=progress, seed=seed,
                 )  # fmt: skip
-        written = answer.save(out) if out is not None else []
+        asked = {"dicom_seg": True if is_volume(image) else image} if dicom_seg else {}
+        written = answer.save(out, **asked) if out is not None else []
+    if dicom_seg and not any(path.suffix == ".dcm" for path in written):
+        typer.echo("No DICOM segmentation was written: nothing was drawn.", err=as_json)
     if as_json:
         typer.echo(json.dumps(answer.to_dict(), ensure_ascii=True))
     elif is_volume(image):

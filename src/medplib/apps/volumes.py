@@ -13,6 +13,8 @@ from medplib.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from medplib.io.volume import Volume
+
 
 def is_volume(file: str) -> bool:
     """Whether this is the name of a NIfTI file, or a folder, which then holds a DICOM series."""
@@ -44,6 +46,17 @@ def picture_of(file: str, axis: str, index: int | None, window: tuple[float, flo
 
     low, high = window or (0, 0)
     return read_dicom(file, index, window and ((low + high) / 2, high - low))
+
+
+def check_source(source: Volume | str) -> None:
+    """Raise what a DICOM segmentation of this volume, or of this file, will be refused for."""
+    from medplib.io.dicom_seg import SourceFrame, read_headers
+    from medplib.io.images import is_dicom
+
+    if not isinstance(source, str):
+        read_headers(source.frames, repr(source.name))
+    else:
+        read_headers([SourceFrame.of(source)] if is_dicom(source) else [], repr(source))
 
 
 def parse_slices(text: str | None) -> range | None:

@@ -130,7 +130,7 @@ def guarded(file: BinaryIO, name: str, work: Callable[[], T]) -> T:
     except ImportError as error:
         raise ImportError(f"{name} is DICOM, which needs pydicom: pip install 'medplib[medical]'.") from error
     try:
-        with _silent():
+        with silent():
             return work()
     except InputError:
         raise
@@ -150,27 +150,45 @@ def open_frame(file: BinaryIO, name: str, frame: int | None = None) -> tuple[np.
     frames, frame = options["number_of_frames"], frame or 0
     if not 0 <= frame < frames:
         raise InputError(f"{name} has no frame {frame}; its frames are 0 to {frames - 1}.")
-    _adopt_groups(header, frame)
     array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)
     if array.dtype.kind == "f":
         check_finite(array, name)
-    return array, header, frames
+    return array, frame_header(header, frame), frames
+
+
+def frame_header(header: Any, frame: int) -> Any:
+    """A copy of the header, with what its functional groups say of all frames and of this one as its own."""
+    from pydicom import Dataset
+
+    own = Dataset()
+    own.update(header)
+    groups = [
+        *(header.get("SharedFunctionalGroupsSequence") or [])[:1],
+        *(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1],
+    ]
+    for item in groups:
+        for group in _GROUPS:
+            for said in (item.get(group) or [])[:1]:
+                own.update(said)
+    return own
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Neither warnings nor logs of pydicom, which may hold values of the header; no validation of values."""
+def silent() -> Iterator[None]:
+    """No warnings and logs of pydicom and highdicom, which may quote a header; no validation of values."""
     from pydicom.config import disable_value_validation
 
-    log = logging.getLogger("pydicom")
+    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
     with _PYDICOM, warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
-        level = log.level
-        log.setLevel(logging.CRITICAL + 1)
+        levels = [log.level for log in logs]
         try:
+            for log in logs:
+                log.setLevel(logging.CRITICAL + 1)
             yield
         finally:
-            log.setLevel(level)
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)
 
 
 def _decode(
@@ -275,16 +293,6 @@ def _check_pixels(options: dict[str, Any], name: str) -> None:
             f"{name} has {samples} samples of {bits} bits per pixel in a form that is not read. Export it as "
             "MONOCHROME2 or RGB of 8 or 16 bits."
         )
-
-
-def _adopt_groups(header: Any, frame: int) -> None:
-    """Copy what the functional groups say of all frames, and of this one, to the header itself."""
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    own = header.get("PerFrameFunctionalGroupsSequence") or []
-    for groups in [*shared[:1], *own[frame : frame + 1]]:
-        for group in _GROUPS:
-            for item in (groups.get(group) or [])[:1]:
-                header.update(item)
 
 
 # ------------------------------------------------------------------------------------------ pixels

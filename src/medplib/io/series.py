@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import numpy as np
 from medplib.errors import InputError
 from medplib.io.dicom import guarded, open_frame
 from medplib.io.dicom_display import header_window, in_units
+from medplib.io.dicom_seg import SourceFrame
 from medplib.io.images import from_file, is_dicom
 from medplib.io.volume import MAX_VOXELS, Volume, volume_of
 
@@ -25,7 +26,7 @@ TOLERANCE = 0.01  # of the distance between slices, and of the directions of row
 @dataclass(frozen=True, eq=False)
 class _Slice:
     """values float32 (H, W); place (3,) mm of the first pixel; axes (2, 3): along a row, along a column;
-    spacing (2,): mm between rows, between columns."""
+    spacing (2,): mm between rows, between columns; source: the frame it is."""
 
     values: np.ndarray
     place: np.ndarray
@@ -34,6 +35,7 @@ class _Slice:
     series: str
     window: tuple[float, float] | None
     frames: int
+    source: SourceFrame | None = None
 
 
 def load_series(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
@@ -54,9 +56,10 @@ def load_series(path: str | os.PathLike, window: tuple[float, float] | None = No
         [first.axes[0] * first.spacing[1], first.axes[1] * first.spacing[0], step, first.place], 1
     )
     values = np.stack([s.values.T for s in slices], axis=-1)  # (W, H, S)
-    return volume_of(
+    volume = volume_of(
         values, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, os.fspath(path), window or first.window
     )
+    return replace(volume, frames=tuple(s.source for s in slices))
 
 
 def _read_all(path: Path, name: str) -> list[_Slice]:
@@ -68,9 +71,11 @@ def _read_all(path: Path, name: str) -> list[_Slice]:
         raise InputError(f"{name} holds no DICOM files. Give the folder with the slices.")
     found: list[_Slice] = []
     for file in files:
+        source = SourceFrame.of(file)
         frame, frames = 0, 1
         while frame < frames:
-            found.append(from_file(file, functools.partial(_read, frame=frame)))
+            read = from_file(file, functools.partial(_read, frame=frame))
+            found.append(replace(read, source=replace(source, frame=frame)))
             frame, frames = frame + 1, found[-1].frames
             if found[-1].series != found[0].series:
                 raise InputError(

@@ -9,17 +9,20 @@ from __future__ import annotations
 import gzip
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError, is_number
 from medplib.io.images import check_size, is_dicom, rescale, stretch
+
+if TYPE_CHECKING:
+    from medplib.io.dicom_seg import SourceFrame
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -33,12 +36,14 @@ class Volume:
         Volume(array, (0.8, 0.8, 2.5), "my scan")       # an array of your own; of files: load_volume
 
     window: the stored values shown as black and white, by default the 0.5 and 99.5 percentiles of the whole.
+    frames: of DICOM, where each slice along the last axis of the file's voxels was read from.
     """
 
     values: np.ndarray
     spacing: tuple[float, float, float]
     name: str
     window: tuple[float, float] | None = None
+    frames: Sequence[SourceFrame] = field(default=(), repr=False)
     _file: Any = field(default=None, repr=False)  # affine (4, 4), orientation (3, 2) of the file
 
     def __post_init__(self) -> None:
@@ -154,7 +159,7 @@ def volume_of(
 
 def _volume(values, affine, orientation, name: str, window) -> Volume:
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))[np.argsort(orientation[:, 0])]
-    return Volume(values, tuple(map(float, spacing)), name, window, (affine, orientation))
+    return Volume(values, tuple(map(float, spacing)), name, window, _file=(affine, orientation))
 
 
 def volume(path: str) -> np.ndarray:
