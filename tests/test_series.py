@@ -6,7 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 from pydicom import Dataset, uid
-from test_dicom import made
+from test_dicom import made, written
 from typer.testing import CliRunner
 
 from medplib import MedPLIB
@@ -131,7 +131,7 @@ def test_padding_and_windows(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"SeriesInstanceUID": lambda i: f"1.2.{i > 3}"}, "more than one series"),
+        ({"SeriesInstanceUID": lambda i: f"1.2.{i > 3}"}, "holds 2 series"),
         (
             {"ImagePositionPatient": lambda i: [0, 0, 3 * i + 3 * (i > 2)]},
             r"slices 2 and 3 are 6\.000 mm apart, most",
@@ -151,6 +151,106 @@ def test_what_is_no_volume_is_named_and_nothing_quoted(tmp_path, changes, messag
         load_volume(folder)
     assert "CANARY" not in str(caught.value)
     assert "1.2.3" not in str(caught.value)
+
+
+UIDS = ("1.2.840.7.1111.4321", "1.2.840.7.2222.4321", "1.2.840.7.1111.5")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder with a CT of 5 slices, a report, an MR of 3 slices, and a file that is none."""
+    folder = write(
+        tmp_path / "mixed", names=lambda i: f"c{9 - i}", SeriesInstanceUID=UIDS[0], PatientID="CANARY"
+    )
+    words = {"SeriesDescription": "CANARY", "PatientName": "CANARY"}
+    for i, stored in enumerate(VALUES[:3, :, :10]):
+        own = headers(i, Modality="MR", SeriesInstanceUID=UIDS[1], **words)
+        (folder / f"a{i}").write_bytes(made(stored, **own))
+    report = Dataset()
+    report.SOPClassUID, report.SOPInstanceUID = uid.BasicTextSRStorage, "1.2.3.77"
+    report.SeriesInstanceUID, report.Modality, report.PatientName = UIDS[2], "CANARY", "CANARY"
+    (folder / "b").write_bytes(written(report))
+    (folder / "notes").write_text("no DICOM")
+    return folder
+
+
+def test_several_series_are_listed_without_a_word_of_their_headers(mixed):
+    with pytest.raises(InputError) as caught:
+        load_volume(mixed)
+    listed = (
+        "1 (MR, 3 slices of 10 x 12 pixels, UID ending in 2.4321), "
+        "2 (another modality, no images, UID ending in 1111.5), "
+        "3 (CT, 5 slices of 20 x 12 pixels, UID ending in 1.4321)"
+    )
+    assert str(caught.value) == (
+        f"{str(mixed)!r} holds 3 series: {listed}. Choose by series=NUMBER (--series NUMBER), by the UID, or "
+        "by its last digits."
+    )
+
+
+@pytest.mark.parametrize(
+    ("series", "slices"),
+    [(1, 3), (3, 5), ("1", 3), ("3", 5), (UIDS[0], 5), (UIDS[1], 3), ("1.4321", 5), ("2222.4321", 3)],
+)
+def test_one_of_several_series_is_chosen(mixed, series, slices):
+    volume = load_volume(mixed, series=series)
+    assert volume.values.shape[2] == slices
+    expected = (VALUES - 24.0).transpose(2, 1, 0)
+    expected = expected if slices == 5 else expected[:10, :, :3]
+    np.testing.assert_array_equal(volume.to_file(volume.values), expected)
+
+
+@pytest.mark.parametrize("series", [0, 4, -1, "4321", "0", "", "03", "x", "CT", True, 1.0, "9" * 5000])
+def test_a_choice_that_is_no_series_is_named(mixed, series):
+    with pytest.raises(InputError, match=r"has no one series .* holds 3 series: 1 \(MR, 3 slices"):
+        load_volume(mixed, series=series)
+
+
+def test_the_choice_must_be_of_images_and_of_a_folder(mixed, tmp_path):
+    with pytest.raises(InputError, match="holds no pixels: it is DICOM of Basic Text SR"):
+        load_volume(mixed, series=2)
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9), np.uint8), np.eye(4)), tmp_path / "v.nii")
+    with pytest.raises(InputError, match="series is for folders of DICOM files, not for"):
+        load_volume(tmp_path / "v.nii", series=1)
+    alone = write(tmp_path / "alone")
+    assert load_volume(alone, series=1).values.shape == (20, 12, 5)
+    with pytest.raises(InputError, match=r"has no one series 2; it holds 1 series: 1 \(CT"):
+        load_volume(alone, series=2)
+
+
+def test_many_series_are_listed_in_part(tmp_path):
+    folder = write(tmp_path / "s", np.repeat(VALUES, 5, 0), names="{:03d}.dcm".format,
+                   SeriesInstanceUID=lambda i: f"1.2.{i + 1000}")  # fmt: skip
+    with pytest.raises(
+        InputError, match=r"20 \(CT, 1 slice of 20 x 12 pixels, UID ending in 1019\) and 5 more\."
+    ):
+        load_volume(folder)
+
+
+def test_the_command_and_the_model_choose_a_series(mixed):
+    model = MedPLIB.from_pretrained("medplib-tiny")
+    assert model.segment_volume(mixed, "body", series=1).masks.shape == (1, 10, 12, 3)
+    with pytest.raises(InputError, match=r"a Volume is given; got 1\. Leave it out"):
+        model.segment_volume(load_volume(mixed, series=1), "body", series=1)
+
+    def run(*words):
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    result = run("segment", mixed, "body", "--series", "1.4321", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["volume"]["shape"] == [20, 12, 5]
+    assert run("ask", mixed, "What is this?", "--slice", 2, "--series", 1).exit_code == 0
+    for words, message in (
+        (("segment", mixed, "body"), "holds 3 series: 1 (MR, 3 slices of 10 x 12 pixels"),
+        (("ask", mixed, "What?", "--slice", 2, "--series", 4), "has no one series '4'"),
+        (("ask", "examples/images/chest_ct.png", "What?", "--series", 1), "--series is for the folder of"),
+        (("segment", "examples/images/chest_ct.png", "body", "--series", 1), "--series is for the folder of"),
+    ):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "CANARY" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1
 
 
 def test_folders_without_a_series_are_named(tmp_path):

@@ -154,6 +154,7 @@ def segment_volume(
     axis: str = "axial",
     slices: Iterable[int] | None = None,
     window: tuple[float, float] | None = None,
+    series: int | str | None = None,
     batch_size: int = 4,
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
@@ -164,9 +165,9 @@ def segment_volume(
     names. axis: "axial", "coronal" or "sagittal": how the volume is cut. slices: their numbers from the
     patient's feet, back or left side on; by default all. window: the stored values shown as black and white,
     the same for all slices (for a CT in Hounsfield units, say, (-1000, 400)); by default what a DICOM header
-    says, else the 0.5 and 99.5 percentiles of the volume. Slices whose voxels are no squares are shown with
-    square pixels. batch_size: slices answered together. progress: called with (slices done, of how many).
-    options: as for `MedPLIB.answer`.
+    says, else the 0.5 and 99.5 percentiles of the volume. series: which one of a folder, see `load_volume`.
+    Slices whose voxels are no squares are shown with square pixels. batch_size: slices answered together.
+    progress: called with (slices done, of how many). options: as for `MedPLIB.answer`.
 
     Each slice is looked at by itself: nothing makes neighbours agree. Raises InputError for a volume, axis,
     slice or window that cannot be used, before the model is asked.
@@ -176,7 +177,9 @@ def segment_volume(
     names = named(target)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
-    volume = source if isinstance(source, Volume) else load_volume(source)
+    if isinstance(source, Volume) and series is not None:
+        raise InputError(f"series chooses what is read, and a Volume is given; got {series!r}. Leave it out.")
+    volume = source if isinstance(source, Volume) else load_volume(source, None, series)
     volume = volume if window is None else replace(volume, window=window)
     chosen = volume.numbers(axis, slices)
     findings = [VolumeFinding(plain(name), np.zeros(volume.values.shape, bool)) for name in names]

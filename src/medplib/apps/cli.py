@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +18,6 @@ from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_an
 from medplib.apps.train_cli import train
 from medplib.apps.volumes import check_source, is_volume, parse_slices, picture_of, progress_of
 from medplib.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 app = typer.Typer(
     name="medplib",
@@ -86,6 +83,13 @@ _Window = Annotated[
         metavar="LOW HIGH", help="The values of a NIfTI volume or DICOM file shown as black and white."
     ),
 ]
+_Series = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHICH",
+        help="One of the DICOM series in a folder: its number, its UID or the last digits of that.",
+    ),
+]
 _Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")]
 
@@ -115,6 +119,7 @@ def ask(
     ] = None,
     axis: _Axis = "axial",
     window: _Window = None,
+    series: _Series = None,
     seed: _Seed = 0,
     device: _Device = None,
     dtype: _DType = None,
@@ -142,7 +147,8 @@ def ask(
             raise typer.Exit(_ask_batch(load, batch, out, batch_size, options))
         if not images or question is None:
             raise InputError("Give one or more images and a question, or --batch FILE.")
-        pictures = _load_images(images, question, axis, slice_, window)
+        _check_words(images, question)
+        pictures = [picture_of(file, axis, slice_, window, series) for file in images]
         made = make_prompts(prompts, pictures[0].shape[:2])
         asked = pictures if len(pictures) > 1 else pictures[0]
         answer = load().ask(asked, question, prompts=made, **options)
@@ -181,6 +187,7 @@ def segment(
         str | None, typer.Option(metavar="FIRST:LAST", help="These slices of a volume alone, both included.")
     ] = None,
     window: _Window = None,
+    series: _Series = None,
     dicom_seg: Annotated[
         bool,
         typer.Option(
@@ -210,7 +217,7 @@ def segment(
         if not is_volume(image):
             if slices is not None:
                 raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
-            picture = picture_of(image, axis, None, window)
+            picture = picture_of(image, axis, None, window, series)
             if dicom_seg:
                 check_source(image)
             loaded = load_model(model, device, dtype, quantize, device_map)
@@ -219,7 +226,7 @@ def segment(
             from medplib.io.volume import load_volume
             from medplib.volumetric import segment_volume
 
-            opened = load_volume(image, window)
+            opened = load_volume(image, window, series)
             chosen = opened.numbers(axis, parse_slices(slices))
             if dicom_seg:
                 check_source(opened)
@@ -241,14 +248,11 @@ def segment(
         show_answer(answer, out, written)
 
 
-def _load_images(
-    files: Sequence[str], question: str, axis: str, index: int | None, window: tuple[float, float] | None
-) -> list[np.ndarray]:
+def _check_words(files: Sequence[str], question: str) -> None:
     if not question.strip():
         raise InputError("The question is empty. Write one after the images, in quotes.")
     if "\n" not in question and len(question) < 256 and Path(question).is_file():
         raise InputError(f"The last word must be the question, but {question!r} is a file. Add a question.")
-    return [picture_of(file, axis, index, window) for file in files]
 
 
 @app.command()

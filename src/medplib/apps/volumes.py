@@ -21,21 +21,30 @@ def is_volume(file: str) -> bool:
     return file.lower().endswith((".nii", ".nii.gz")) or os.path.isdir(file)
 
 
-def picture_of(file: str, axis: str, index: int | None, window: tuple[float, float] | None) -> np.ndarray:
+def picture_of(
+    file: str,
+    axis: str,
+    index: int | None,
+    window: tuple[float, float] | None,
+    series: str | None = None,
+) -> np.ndarray:
     """An image file, a slice of a volume or a frame of a DICOM file as a picture, uint8 (h, w, 3).
 
-    window: the lowest and the highest value shown. Raises InputError, also where no slice is named.
+    window: the lowest and the highest value shown. series: which one of a folder. Raises InputError, also
+    where no slice is named.
     """
     if is_volume(file):
         from medplib.io.volume import load_volume
 
-        opened = load_volume(file, window)
+        opened = load_volume(file, window, series)
         if index is None:
             raise InputError(
                 f"{file!r} is a volume: name a slice with --slice N, from 0 to {opened.numbers(axis)[-1]} "
                 f"({axis}); or draw in all of them with `medplib segment`."
             )
         return opened.picture(axis, index)
+    if series is not None:
+        raise InputError(f"--series is for the folder of a DICOM series, not for {file!r}.")
     from medplib.io.images import is_dicom, load_image
 
     if index is None and window is None:

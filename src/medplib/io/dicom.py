@@ -36,6 +36,12 @@ _KINDS = {  # photometric interpretations by samples per pixel
     1: ("MONOCHROME2", "MONOCHROME1", "PALETTE COLOR"),
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
+_MODALITIES = frozenset(
+    """
+    CR CT DX ES GM IO IVUS KO MG MR NM OCT OP OPT OT PR PT PX REG RF RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM
+    SR TG US XA XC
+""".split()  # noqa: SIM905
+)  # the usual ones of PS3.3 C.7.3.1.1.1; no other is repeated
 _NATIVE = tuple(
     f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2")
 )  # syntaxes without compression
@@ -156,6 +162,30 @@ def open_frame(file: BinaryIO, name: str, frame: int | None = None) -> tuple[np.
     return array, frame_header(header, frame), frames
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is said of a file in a list of series: nothing that tells whose it is."""
+
+    series: str
+    modality: str
+    frames: int
+    size: tuple[int, int] | None  # (height, width) of an image
+
+
+def outline(file: BinaryIO, name: str) -> Outline:
+    """The outline of a file by its header. For `guarded`. Raises InputError for what belongs to no series."""
+    _, header, _ = _start(file, name)
+    if not header.get("SeriesInstanceUID") and not header.get("Rows"):
+        _check_kind(header, None, name)
+    modality, sides = header.get("Modality"), (header.get("Rows"), header.get("Columns"))
+    return Outline(
+        str(header.get("SeriesInstanceUID")),
+        modality if modality in _MODALITIES else "another modality",
+        max(1, int(header.get("NumberOfFrames") or 1)),
+        sides if all(isinstance(side, int) and side > 0 for side in sides) else None,
+    )
+
+
 def frame_header(header: Any, frame: int) -> Any:
     """A copy of the header, with what its functional groups say of all frames and of this one as its own."""
     from pydicom import Dataset
@@ -215,14 +245,10 @@ def _decode(
 # ------------------------------------------------------------------------------------------ header
 
 
-def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
-    """(the file, inflated if it is deflated, at the first byte of the pixels; its header; how to decode it).
-
-    Everything that decides how much memory the pixels take has been checked.
-    """
+def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, Any]:
+    """(the file, inflated if it is deflated, at the end of the header; the header; the transfer syntax)."""
     from pydicom import dcmread, uid
     from pydicom.filereader import read_dataset, read_preamble
-    from pydicom.pixels.utils import as_pixel_options
 
     file.seek(0)
     read_preamble(file, force=True)
@@ -236,7 +262,18 @@ def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
             raise InputError(f"{name} inflates to {_MAX_INFLATED >> 20} MB or more. Export it uncompressed.")
         file = io.BytesIO(inflated)  # explicit VR, little endian
     file.seek(0)
-    header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+    return file, dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS), syntax
+
+
+def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
+    """(the file, inflated if it is deflated, at the first byte of the pixels; its header; how to decode it).
+
+    Everything that decides how much memory the pixels take has been checked.
+    """
+    from pydicom import uid
+    from pydicom.pixels.utils import as_pixel_options
+
+    file, header, syntax = _start(file, name)
     order = "<" if header.original_encoding[1] else ">"
     group, element, vr, length = struct.unpack(f"{order}HH4sL", file.read(12).ljust(12, b"\0"))
     keyword = _PIXELS.get(group << 16 | element)

@@ -134,16 +134,24 @@ class Volume:
         return max(1, round(height * down / least)), max(1, round(width * across / least))
 
 
-def load_volume(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
+def load_volume(
+    path: str | os.PathLike,
+    window: tuple[float, float] | None = None,
+    series: int | str | None = None,
+) -> Volume:
     """A NIfTI file, or a DICOM series as `medplib.io.series` reads it -> Volume.
 
-    The last two NIfTI files of each process are kept. window: the lowest and highest value shown. Raises
-    InputError for what cannot be read or is not three-dimensional, ImportError without nibabel.
+    The last two NIfTI files of each process are kept. window: the lowest and highest value shown. series: one
+    of several DICOM series in a folder, by its number from 1, its SeriesInstanceUID or the last digits of
+    that; without it such a folder is refused with a list. Raises InputError for what cannot be read or is not
+    three-dimensional, ImportError without nibabel.
     """
     if os.path.isdir(path) or is_dicom(path):
         from medplib.io.series import load_series
 
-        return load_series(path, window)
+        return load_series(path, window, series)
+    if series is not None:
+        raise InputError(f"series is for folders of DICOM files, not for {os.fspath(path)!r}. Leave it out.")
     return _volume(*_read_at(path), os.fspath(path), window)
 
 
