@@ -243,8 +243,14 @@ def test_the_command_and_the_model_choose_a_series(mixed):
     for words, message in (
         (("segment", mixed, "body"), "holds 3 series: 1 (MR, 3 slices of 10 x 12 pixels"),
         (("ask", mixed, "What?", "--slice", 2, "--series", 4), "has no one series '4'"),
-        (("ask", "examples/images/chest_ct.png", "What?", "--series", 1), "--series is for the folder of"),
-        (("segment", "examples/images/chest_ct.png", "body", "--series", 1), "--series is for the folder of"),
+        (
+            ("ask", "examples/images/chest_ct.png", "What?", "--series", 1),
+            "is for the folder of a DICOM series",
+        ),
+        (
+            ("segment", "examples/images/chest_ct.png", "body", "--series", 1),
+            "is for the folder of a DICOM series",
+        ),
     ):
         result = run(*words)
         assert result.exit_code == 2

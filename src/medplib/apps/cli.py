@@ -142,8 +142,8 @@ def ask(
         check_options(device, dtype, quantize, device_map)
         load = functools.partial(load_model, model, device, dtype, quantize, device_map)
         if batch is not None:
-            if images or question or prompts:
-                raise InputError("With --batch the images, questions and prompts are those of its file.")
+            if images or question or prompts or axis != "axial" or (slice_, window, series) != (None,) * 3:
+                raise InputError("With --batch the images, questions, prompts and slices are its file's.")
             raise typer.Exit(_ask_batch(load, batch, out, batch_size, options))
         if not images or question is None:
             raise InputError("Give one or more images and a question, or --batch FILE.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,31 +27,38 @@ def picture_of(
     axis: str,
     index: int | None,
     window: tuple[float, float] | None,
-    series: str | None = None,
+    series: int | str | None = None,
+    load: Callable[..., Volume] | None = None,
 ) -> np.ndarray:
     """An image file, a slice of a volume or a frame of a DICOM file as a picture, uint8 (h, w, 3).
 
-    window: the lowest and the highest value shown. series: which one of a folder. Raises InputError, also
-    where no slice is named.
+    window: the lowest and the highest value shown. series: which one of a folder. load: stands for
+    `load_volume` where several pictures are taken from one volume. Raises InputError, also where no slice is
+    named.
     """
     if is_volume(file):
         from medplib.io.volume import load_volume
 
-        opened = load_volume(file, window, series)
+        opened = (load or load_volume)(file, series=series)
         if index is None:
             raise InputError(
-                f"{file!r} is a volume: name a slice with --slice N, from 0 to {opened.numbers(axis)[-1]} "
-                f"({axis}); or draw in all of them with `medplib segment`."
+                f"{file!r} is a volume: name a slice with --slice N (in a job 'slice'), from 0 to "
+                f"{opened.numbers(axis)[-1]} ({axis}); or draw in all of them with `medplib segment`."
             )
-        return opened.picture(axis, index)
+        shown = opened if window is None else dataclasses.replace(opened, window=window)
+        return shown.picture(axis, index)
     if series is not None:
-        raise InputError(f"--series is for the folder of a DICOM series, not for {file!r}.")
+        raise InputError(
+            f"--series (in a job 'series') is for the folder of a DICOM series, not for {file!r}."
+        )
     from medplib.io.images import is_dicom, load_image
 
     if index is None and window is None:
         return load_image(file)
     if not is_dicom(file):
-        raise InputError(f"--slice and --window are for volumes and DICOM, not for {file!r}.")
+        raise InputError(
+            f"--slice and --window (in a job 'slice', 'window') are for volumes and DICOM, not for {file!r}."
+        )
     from medplib.io.dicom import read_dicom
 
     low, high = window or (0, 0)
