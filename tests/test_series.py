@@ -5,7 +5,9 @@ import json
 import nibabel
 import numpy as np
 import pytest
-from pydicom import Dataset, uid
+from pydicom import Dataset, dcmread, uid
+from pydicom.encaps import encapsulate
+from pydicom.pixels import get_encoder
 from test_dicom import made, written
 from typer.testing import CliRunner
 
@@ -16,6 +18,8 @@ from medplib.io.volume import load_volume
 
 VALUES = np.random.default_rng(0).integers(-1000, 1000, (5, 12, 20)).astype(np.int16)  # slices, rows, columns
 AXIAL = [1, 0, 0, 0, 1, 0]
+GREY = {"samples_per_pixel": 1, "bits_allocated": 8, "bits_stored": 8, "pixel_representation": 0,
+        "photometric_interpretation": "MONOCHROME2", "number_of_frames": 1}  # fmt: skip
 
 
 def headers(number, **changes):
@@ -113,6 +117,38 @@ def test_the_frames_of_one_file_are_a_series(tmp_path):
     (tmp_path / "enhanced.dcm").write_bytes(content)
     volume = load_volume(tmp_path / "enhanced.dcm")  # stored from head to feet
     np.testing.assert_array_equal(volume.values, (VALUES[::-1] - 24.0).transpose(2, 1, 0)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless])
+def test_a_header_is_parsed_once_for_all_frames(tmp_path, monkeypatch, syntax):
+    values = np.random.default_rng(1).integers(0, 200, (40, 12, 20)).astype(np.uint8)
+    groups = [
+        item(
+            PlanePositionSequence=[item(ImagePositionPatient=[0, 0, 3 * i])],
+            PixelValueTransformationSequence=[item(RescaleSlope=1 + i, RescaleIntercept=i)],
+        )
+        for i in range(len(values))
+    ]
+    del groups[7].PixelValueTransformationSequence  # whose values are as stored, not as in the frame before
+    plane = item(
+        PixelMeasuresSequence=[item(PixelSpacing=[0.7, 0.5])],
+        PlaneOrientationSequence=[item(ImageOrientationPatient=AXIAL)],
+    )
+    pixels = None
+    if syntax.is_compressed:
+        pixels = encapsulate([get_encoder(syntax).encode(v, rows=12, columns=20, **GREY) for v in values])
+    content = made(
+        values, syntax, pixels, SOPClassUID=uid.EnhancedMRImageStorage, Modality="MR",
+        SharedFunctionalGroupsSequence=[plane], PerFrameFunctionalGroupsSequence=groups,
+    )  # fmt: skip
+    (tmp_path / "e.dcm").write_bytes(content)
+    parsed = []
+    monkeypatch.setattr("pydicom.dcmread", lambda *a, **k: parsed.append(a) or dcmread(*a, **k))
+    volume = load_volume(tmp_path / "e.dcm")
+    assert len(parsed) == 2  # to see which series it is, and to read it
+    expected = np.stack([v * (1.0 + i) + i for i, v in enumerate(values)])
+    expected[7] = values[7]
+    np.testing.assert_array_equal(volume.to_file(volume.values), expected.transpose(2, 1, 0))
 
 
 def test_padding_and_windows(tmp_path):

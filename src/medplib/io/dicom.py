@@ -147,19 +147,28 @@ def guarded(file: BinaryIO, name: str, work: Callable[[], T]) -> T:
     raise InputError(f"{name} {damage if file.read(4) == b'DICM' else _HEADLESS}")
 
 
-def open_frame(file: BinaryIO, name: str, frame: int | None = None) -> tuple[np.ndarray, Any, int]:
-    """(stored values (H, W) or colours (H, W, 3), header with what its groups say of the frame, of how many).
+class OpenDicom:
+    """A file whose header has been read and checked, once; its frames are decoded when asked for.
 
-    For `guarded`. frame: from 0; None for the first.
+    For `guarded`, as what it does. frames: how many; size: (H, W).
     """
-    file, header, options = _header(file, name)
-    frames, frame = options["number_of_frames"], frame or 0
-    if not 0 <= frame < frames:
-        raise InputError(f"{name} has no frame {frame}; its frames are 0 to {frames - 1}.")
-    array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)
-    if array.dtype.kind == "f":
-        check_finite(array, name)
-    return array, frame_header(header, frame), frames
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._header, self._options = _header(file, name)
+        self._name, self._pixels = name, self._file.tell()
+        self.frames: int = self._options["number_of_frames"]
+        self.size: tuple[int, int] = self._options["rows"], self._options["columns"]
+
+    def frame(self, number: int) -> tuple[np.ndarray, Any]:
+        """(stored values (H, W) or colours (H, W, 3), header with what its groups say of this frame)."""
+        if not 0 <= number < self.frames:
+            raise InputError(f"{self._name} has no frame {number}; its frames are 0 to {self.frames - 1}.")
+        self._file.seek(self._pixels)
+        syntax = self._header.file_meta.TransferSyntaxUID
+        array = _stored(self._file, syntax, self._options, number, self._name)
+        if array.dtype.kind == "f":
+            check_finite(array, self._name)
+        return array, frame_header(self._header, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,10 +236,11 @@ def _decode(
     """The picture uint8 (H, W, 3), and what to warn of."""
     from pydicom.pixels import apply_color_lut
 
-    array, header, frames = open_frame(file, name, frame)
+    opened = OpenDicom(file, name)
+    array, header = opened.frame(frame or 0)
     notes = []
-    if frame is None and frames > 1:
-        notes.append(f"has {frames} frames; the first is read. medplib.io.read_dicom reads any.")
+    if frame is None and opened.frames > 1:
+        notes.append(f"has {opened.frames} frames; the first is read. medplib.io.read_dicom reads any.")
     if array.ndim == 3:
         array = rescale(array, 0, 2**header.BitsStored - 1)
     elif header.PhotometricInterpretation == "PALETTE COLOR":

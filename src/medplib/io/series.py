@@ -6,6 +6,7 @@ S slices of H rows and W columns. Of the headers geometry, window and pixels are
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from medplib.errors import InputError
-from medplib.io.dicom import Outline, guarded, open_frame, outline
+from medplib.io.dicom import OpenDicom, Outline, guarded, outline
 from medplib.io.dicom_display import header_window, in_units
 from medplib.io.dicom_seg import SourceFrame
 from medplib.io.images import from_file, is_dicom
@@ -36,8 +37,7 @@ class _Slice:
     axes: np.ndarray
     spacing: np.ndarray
     window: tuple[float, float] | None
-    frames: int
-    source: SourceFrame | None = None
+    source: SourceFrame
 
 
 def load_series(
@@ -138,23 +138,28 @@ def _read_all(files: list[Path], name: str) -> list[_Slice]:
     """Every frame of these files."""
     found: list[_Slice] = []
     for file in files:
-        source = SourceFrame.of(file)
-        frame, frames = 0, 1
-        while frame < frames:
-            read = from_file(file, functools.partial(_read, frame=frame))
-            found.append(replace(read, source=replace(source, frame=frame)))
-            frame, frames = frame + 1, found[-1].frames
-            if len(found) * found[0].values.size > MAX_VOXELS:
-                raise InputError(f"{name} has more than {MAX_VOXELS} voxels. Give a part of it.")
+        room = MAX_VOXELS - sum(s.values.size for s in found)
+        read = functools.partial(_read, source=SourceFrame.of(file), room=room)
+        slices = from_file(file, read)
+        if slices is None:
+            raise InputError(f"{name} has more than {MAX_VOXELS} voxels. Give a part of it.")
+        found += slices
     return found
 
 
-def _read(file: BinaryIO, name: str, frame: int) -> _Slice:
-    return guarded(file, name, lambda: _decode(file, name, frame))
+def _read(file: BinaryIO, name: str, source: SourceFrame, room: int) -> list[_Slice] | None:
+    """The frames of a file; None where they have more voxels than there is room for."""
+
+    def decode() -> list[_Slice] | None:
+        opened = OpenDicom(file, name)
+        if opened.frames * math.prod(opened.size) > room:
+            return None
+        return [_slice(*opened.frame(i), name, replace(source, frame=i)) for i in range(opened.frames)]
+
+    return guarded(file, name, decode)
 
 
-def _decode(file: BinaryIO, name: str, frame: int) -> _Slice:
-    array, header, frames = open_frame(file, name, frame)
+def _slice(array: np.ndarray, header: Any, name: str, source: SourceFrame) -> _Slice:
     if array.ndim != 2 or header.PhotometricInterpretation != "MONOCHROME2":
         raise InputError(f"{name} is no slice of grey values; it cannot be part of a volume.")
     places = [header.get(key) for key in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")]
@@ -171,7 +176,7 @@ def _decode(file: BinaryIO, name: str, frame: int) -> _Slice:
         axes,
         spacing,
         _window(header),
-        frames,
+        source,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError, is_number
-from medplib.io.images import check_size, is_dicom, rescale, stretch
+from medplib.io.images import check_size, is_dicom, rescale, shown_range
 
 if TYPE_CHECKING:
     from medplib.io.dicom_seg import SourceFrame
@@ -60,12 +60,9 @@ class Volume:
             raise InputError(f"A window goes from a lower to a higher value, got {self.window}.")
 
     @cached_property
-    def grey(self) -> np.ndarray:
-        """uint8 (x, y, z): the values in the window, the same for all slices."""
-        values = self.values
-        if values.dtype.kind == "f":
-            values = np.nan_to_num(values)
-        return stretch(values) if self.window is None else rescale(values, *self.window)
+    def shown(self) -> tuple[float, float]:
+        """The values shown as black and white, the same in all slices: the window, or what stands for it."""
+        return shown_range(self.values) if self.window is None else self.window
 
     def numbers(self, axis: str, chosen: Iterable[int] | None = None) -> list[int]:
         """The numbers of these slices in order, of all for None. Raises InputError for what is not there."""
@@ -83,7 +80,8 @@ class Volume:
     def picture(self, axis: str, index: int) -> np.ndarray:
         """A slice as a picture, uint8 (h, w, 3). Raises InputError for a slice that is not there."""
         self.numbers(axis, [index])
-        plane = upright(self.grey, AXES[axis], index)
+        plane = upright(self.values, AXES[axis], index)
+        plane = rescale(np.nan_to_num(plane), *self.shown)
         height, width = self._square(axis)
         check_size(height, width, f"Slice {index} of {self.name!r} with square pixels")
         if plane.shape != (height, width):
@@ -194,7 +192,7 @@ def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
         raise InputError(
             f"There is no slice {index}; the volume has {values.shape[axis]} on that axis, counted from 0."
         )
-    plane = np.take(values, index, axis)
+    plane = np.moveaxis(values, axis, 0)[index]  # np.take would copy the whole
     return np.ascontiguousarray(plane[::-1, ::-1].T)
 
 
