@@ -19,6 +19,7 @@ from medplib import MedPLIB
 from medplib.apps.cli import app
 from medplib.errors import InputError, MedPLIBError
 from medplib.io.dicom import read_dicom
+from medplib.io.dicom_seg import code_of
 from medplib.io.volume import Volume, load_volume
 from medplib.results import NOTICE, Answer, Finding, is_ours, versions
 from medplib.volumetric import VolumeAnswer, VolumeFinding
@@ -105,7 +106,7 @@ def test_masks_come_back_on_their_slices_however_the_series_is_stored(tmp_path, 
     np.testing.assert_array_equal(again[..., 0] > 0, (values > HIGH) & drawn)
 
 
-def enhanced(values, frames=True, **changes):
+def enhanced(values, **changes):
     """The bytes of an enhanced CT of these slices, stored from head to feet."""
     plane = item(
         PixelMeasuresSequence=[item(PixelSpacing=[0.7, 0.5], SliceThickness=3)],
@@ -172,6 +173,32 @@ def test_the_file_says_what_it_is_and_what_it_was_drawn_in(tmp_path, values):
     assert seg.SeriesInstanceUID != "1.2.3"
     assert seg.DeviceSerialNumber == "ab" * 32
     assert (seg.PatientName, seg.PatientID, seg.PatientSex) == (CANARY, "Canary-7", "F")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "side"),
+    [
+        ("left lung", "Lung", "Left"),
+        ("caudate nucleus", "Caudate Nucleus", None),
+        ("Heart", "Heart", None),
+        ("right hemisphere", "Tissue", None),
+        ("lung 2", "Tissue", None),
+        ("left", "Tissue", None),
+        ("", "Tissue", None),
+    ],
+)
+def test_names_have_codes_where_the_standard_has_them(name, kind, side):
+    category, found, modifier = code_of(name)
+    assert found.meaning == kind
+    assert category.meaning == ("Tissue" if kind == "Tissue" else "Anatomical Structure")
+    assert (modifier and modifier.meaning) == side
+
+
+def test_a_number_of_frames_that_cannot_be_is_refused_at_once(tmp_path, values):
+    (tmp_path / "e.dcm").write_bytes(enhanced(values, NumberOfFrames=2**31 - 1))
+    answer = Answer("", [Finding("x", np.ones((12, 20), bool), 0.5)], [np.zeros((12, 20, 3), np.uint8)])
+    with pytest.raises(InputError, match="frames without a place in the patient"):
+        answer.save_dicom_seg(tmp_path / "seg.dcm", tmp_path / "e.dcm")
 
 
 def test_texts_of_any_character_set_arrive(tmp_path, values):

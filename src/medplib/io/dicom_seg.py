@@ -170,9 +170,9 @@ def code_of(name: str) -> tuple[Any, Any, Any]:
     """(category, type, side or None) of a structure's name, in pydicom's codes (PS3.16 CID 7192)."""
     from pydicom.sr.codedict import codes
 
-    words = re.findall(r"[a-z]+", name.lower())
-    side = {"left": codes.SCT.Left, "right": codes.SCT.Right}.get(words[0] if words else "")
-    keyword = "".join(word.capitalize() for word in (words[1:] if side else words))
+    first, _, rest = name.lower().partition(" ")
+    side = {"left": codes.SCT.Left, "right": codes.SCT.Right}.get(first)
+    keyword = (rest if side else name.lower()).title().replace(" ", "")
     found = codes.cid7192.concepts.get(keyword)
     if found is None:
         return codes.SCT.Tissue, codes.SCT.Tissue, None
@@ -198,8 +198,9 @@ def _header(file: BinaryIO, name: str, frame: int, alone: bool) -> Any:
     count = int(header.get("NumberOfFrames") or 1)
     if not 0 <= frame < count:
         raise InputError(f"{name} has no frame {frame}; its frames are 0 to {count - 1}.")
-    shown = [frame_header(header, number) for number in range(count)]
-    placed = all(one.get(key) for one in shown for key in _PLACE)
+    known = count == 1 or len(header.get("PerFrameFunctionalGroupsSequence") or []) == count
+    shown = [frame_header(header, number) for number in range(count if known else 0)]
+    placed = known and all(one.get(key) for one in shown for key in _PLACE)
     if (count > 1 and not placed) or ("SharedFunctionalGroupsSequence" in header and not alone):
         raise InputError(
             f"{name} has frames without a place in the patient, or is one of several files with frames; a "
