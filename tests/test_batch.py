@@ -117,7 +117,21 @@ BAD = {
     '{"image": "a.png", "images": ["a.png"], "question": "Q"}': "either 'image' or 'images'",
     '{"images": [], "question": "Q"}': "'images' a list of paths",
     '{"image": 3, "question": "Q"}': "'image' must be a path",
-    '{"image": "a.png", "question": "Q", "prompt": []}': "unknown 'prompt'; a job has history, id,",
+    '{"image": "a.png", "question": "Q", "prompt": []}': "unknown 'prompt'; a job has axis, history, id,",
+    '{"image": "a.png", "question": "Q", "slice": 1}': "'slice', 'window') are for volumes and DICOM",
+    '{"image": "a.png", "question": "Q", "slice": -1}': "'slice' must be a whole number from 0, got -1",
+    '{"image": "a.png", "question": "Q", "slice": true}': "'slice' must be a whole number from 0, got true",
+    '{"image": "a.png", "question": "Q", "slice": "3"}': "'slice' must be a whole number from 0, got \"3\"",
+    '{"image": "a.png", "question": "Q", "axis": "axial"}': "'axis' is for volumes, not for",
+    '{"image": "a.png", "question": "Q", "axis": ["up"]}': "'axis' must be one of sagittal, coronal, axial",
+    '{"image": "a.png", "question": "Q", "window": [0, 9]}': "'slice', 'window') are for volumes and DICOM",
+    '{"image": "a.png", "question": "Q", "window": [9, 9]}': "'window' must be [lowest, highest] value shown",
+    '{"image": "a.png", "question": "Q", "window": [0, NaN]}': "'window' must be [lowest, highest] value",
+    '{"image": "a.png", "question": "Q", "window": [0, 1' + "0" * 400 + "]}": "'window' must be [lowest,",
+    '{"image": "a.png", "question": "Q", "window": 3}': "[lowest, highest] value shown, got 3",
+    '{"image": "a.png", "question": "Q", "series": 1}': "'series') is for the folder of a DICOM series",
+    '{"image": "a.png", "question": "Q", "series": 1.5}': "'series' must be a number from 1 or the digits",
+    '{"image": "v.nii", "question": "Q", "slice": 0}': "Check that it is there",
     '{"image": "gone.png", "question": "Q"}': "gone.png",
     '{"image": "a.png", "question": "Q", "history": [["x"]]}': "[question, answer]",
     '{"image": "a.png", "question": "Q", "prompts": {}}': "'prompts' must be a list",
@@ -138,6 +152,65 @@ def test_a_bad_job_is_reported_and_the_others_are_answered(model, jobs, line):
     assert bad["id"] == "1"
     assert BAD[line] in bad["error"]
     assert good["text"] == "Q"
+
+
+def test_jobs_name_slices_of_volumes_and_frames_of_dicom_files(model, jobs, tmp_path, monkeypatch):
+    nibabel = pytest.importorskip("nibabel")
+    from test_dicom import made
+    from test_series import VALUES, write
+
+    from medplib.io import dicom, volume
+
+    values = np.random.default_rng(0).integers(0, 200, (20, 30, 12)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1, 1, 3, 1])), tmp_path / "v.nii.gz")
+    write(tmp_path / "series", names="a{}".format)
+    (tmp_path / "series" / "b").write_bytes(made(VALUES[0], SeriesInstanceUID="1.2.4", Modality="MR"))
+    (tmp_path / "two.dcm").write_bytes(made(VALUES[:2]))
+    read = []
+    load_volume = volume.load_volume
+    monkeypatch.setattr(volume, "load_volume", lambda *a, **k: read.append(a) or load_volume(*a, **k))
+    asked = [
+        {"image": "v.nii.gz", "slice": 4, "window": [0, 200]},
+        {"image": "v.nii.gz", "slice": 5},
+        {"image": "v.nii.gz", "slice": 7, "axis": "coronal", "window": [50, 100]},
+        {"image": "series", "slice": 2, "series": 1, "window": [-500, 500]},
+        {"image": "series", "slice": 3, "series": "2.3"},
+        {"image": "two.dcm", "slice": 1, "window": [-100, 100]},
+        {"images": ["two.dcm", "two.dcm"], "slice": 0},
+        {"image": "v.nii.gz"},
+        {"image": "v.nii.gz", "slice": 12},
+        {"image": "series", "slice": 2},
+        {"image": "two.dcm", "slice": 2},
+    ]
+    shown = []
+    path = jobs(*({"question": "Q", **one} for one in asked))
+    assert run_batch(lambda: model, path, None, batch_size=99, show=shown.append) == (7, 4, 0)
+    nifti, series = load_volume(tmp_path / "v.nii.gz"), load_volume(tmp_path / "series", series=1)
+    expected = [
+        load_volume(tmp_path / "v.nii.gz", (0, 200)).picture("axial", 4),
+        nifti.picture("axial", 5),
+        load_volume(tmp_path / "v.nii.gz", (50, 100)).picture("coronal", 7),
+        load_volume(tmp_path / "series", (-500, 500), 1).picture("axial", 2),
+        series.picture("axial", 3),
+        dicom.read_dicom(tmp_path / "two.dcm", 1, (0, 200)),
+        dicom.read_dicom(tmp_path / "two.dcm", 0),
+    ]
+    for sample, picture in zip(model.batches[0], expected, strict=True):
+        np.testing.assert_array_equal(sample.images[0], picture)
+    assert len(model.batches[0][6].images) == 2
+    errors = [json.loads(line)["error"] for line in shown[7:]]
+    for error, message in zip(
+        errors,
+        (
+            "name a slice with --slice N",
+            "numbered from 0 to 11 (axial); got 12",
+            "holds 2 series",
+            "no frame 2",
+        ),
+        strict=True,
+    ):
+        assert message in error
+    assert len(read) == 5  # of the eight volumes named; neighbours share one
 
 
 def test_done_jobs_are_skipped_and_a_torn_line_is_done_again(model, jobs, tmp_path):

@@ -13,7 +13,17 @@ import pytest
 
 import medplib
 
-HEAVY = ("torch", "transformers", "timm", "peft", "accelerate", "matplotlib", "tokenizers", "pydicom")
+HEAVY = (
+    "torch",
+    "transformers",
+    "timm",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "tokenizers",
+    "pydicom",
+    "highdicom",
+)
 
 
 def loaded_by(code: str) -> set[str]:

@@ -33,4 +33,7 @@ class CheckpointError(MedPLIBError, ValueError):
 
 def is_number(value: object) -> bool:
     """Whether this is a finite int or float, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False

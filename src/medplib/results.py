@@ -33,7 +33,9 @@ from medplib.io.overlay import draw_overlay
 NOTICE = "Research use only. Not a medical device."
 
 _DESCRIP = slice(148, 228)  # of a NIfTI header
-_OUR_NAMES = re.compile(r"answer\.json|overlay(_\d+)?\.png|mask_\d+_[a-z0-9_]+\.(png|nii\.gz)")
+_OUR_NAMES = re.compile(
+    r"answer\.json|overlay(_\d+)?\.png|mask_\d+_[a-z0-9_]+\.(png|nii\.gz)|segmentation\.dcm"
+)
 SOFTWARE = "medplib"  # written into our files, so that they are known as ours later
 
 
@@ -160,14 +162,19 @@ class Answer:
             "notice": NOTICE,
         }
 
-    def save(self, folder: str | os.PathLike) -> list[Path]:
+    def save(self, folder: str | os.PathLike, *, dicom_seg: str | os.PathLike | None = None) -> list[Path]:
         """Write the overlays, one PNG per mask (0 and 255) and answer.json; returns the paths.
+
+        dicom_seg: the DICOM file that the first image is the first frame of; segmentation.dcm is then written
+        too, unless nothing was drawn in it. See `save_dicom_seg`: it alone repeats who the patient is.
 
         The folder is made if need be. All files appear together or, after an error, none: files of an earlier
         answer are replaced only when the new ones are complete, and files of others stay. Raises InputError
         if a foreign file has one of the names, MedPLIBError if the folder cannot be written.
         """
         files: dict[str, bytes] = {}
+        if dicom_seg is not None and any(f.area for f in self.findings if f.image == 0):
+            files["segmentation.dcm"] = self._dicom_seg(dicom_seg)
         for i in range(len(self.images)):
             files["overlay.png" if i == 0 else f"overlay_{i}.png"] = png(self.overlay(i))
         record = self.to_dict()
@@ -178,6 +185,30 @@ class Answer:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False)
         files["answer.json"] = (text + "\n").encode("utf-8", "backslashreplace")  # lone surrogates as \udcXX
         return write_together(folder, files, is_ours)
+
+    def save_dicom_seg(
+        self, path: str | os.PathLike, source: str | os.PathLike, frame: int = 0, image: int = 0
+    ) -> Path:
+        """Write the findings of an image as a DICOM Segmentation object, a segment for each.
+
+            model.segment("scan.dcm", "the right lung").save_dicom_seg("seg.dcm", "scan.dcm")
+
+        source, frame: the DICOM file that the image was read from, and which of its frames, from 0. By design
+        of the standard (PS3.3 A.51) the patient's identity, the study and the scanner are repeated from it.
+        Nothing else that medplib writes does so. Raises InputError if source is no such file or nothing was
+        drawn, MedPLIBError if the folder cannot be written, ImportError without highdicom
+        (`medplib[dicom-seg]`); there is no file then.
+        """
+        from medplib.io.dicom_seg import write
+
+        return write(path, self._dicom_seg(source, frame, image))
+
+    def _dicom_seg(self, source: str | os.PathLike, frame: int = 0, image: int = 0) -> bytes:
+        from medplib.io.dicom_seg import of_picture
+
+        self._image(image)
+        here = [finding for finding in self.findings if finding.image == image]
+        return of_picture(source, frame, [f.mask for f in here], [f.label for f in here], self.model)
 
     def _image(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self.images):
@@ -254,6 +285,10 @@ def is_ours(path: Path) -> bool:
         if path.suffix == ".json":
             record = json.loads(path.read_bytes())
             return isinstance(record, dict) and record.get("notice") == NOTICE
+        if path.suffix == ".dcm":
+            from medplib.io import dicom_seg
+
+            return dicom_seg.is_ours(path)
         if path.suffix == ".gz":
             with gzip.open(path) as file:
                 return file.read(_DESCRIP.stop)[_DESCRIP].startswith(SOFTWARE.encode())

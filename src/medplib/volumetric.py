@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from medplib.errors import InputError
+from medplib.io import dicom_seg as dicom
 from medplib.io.folder import write_together
 from medplib.io.overlay import COLOURS, with_legend
 from medplib.io.volume import AXES, Volume, load_volume
@@ -49,6 +50,7 @@ class VolumeAnswer:
     answer.findings[0].voxels, answer.millilitres(0)
     answer.masks                       # bool (findings, i, j, k), on the file's own voxels
     answer.save("out/")                # mask_0_right_lung.nii.gz, ..., overlay.png, answer.json
+    answer.save_dicom_seg("seg.dcm")   # of DICOM alone; repeats who the patient is
     """
 
     volume: Volume
@@ -105,12 +107,16 @@ class VolumeAnswer:
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(self.findings))]  # as the sheet has them
         return with_legend(contact_sheet(rows), [f.label for f in self.findings], colours)
 
-    def save(self, folder: str | os.PathLike) -> list[Path]:
+    def save(self, folder: str | os.PathLike, *, dicom_seg: bool = False) -> list[Path]:
         """Write a .nii.gz per finding (0 and 1, on the voxels of the file), overlay.png and answer.json.
 
-        All files appear together or, after an error, none, as for `Answer.save`, and raises as that does.
+        dicom_seg: write segmentation.dcm too, see `save_dicom_seg`, unless nothing was drawn. It, and it
+        alone, repeats who the patient is. All files appear together or, after an error, none, as for
+        `Answer.save`, and raises as that does.
         """
         record, files = self.to_dict(), {}
+        if dicom_seg and any(found.voxels for found in self.findings):
+            files[dicom.FILE] = self._dicom_seg()
         for number, found in enumerate(self.findings):
             name = f"mask_{number}_{file_label(found.label)}.nii.gz"
             files[name] = self.volume.encode(found.mask, f"{SOFTWARE}: {NOTICE}")
@@ -118,6 +124,22 @@ class VolumeAnswer:
         files["overlay.png"] = png(self.overview())
         files["answer.json"] = (json.dumps(record, indent=2) + "\n").encode()
         return write_together(folder, files, is_ours)
+
+    def save_dicom_seg(self, path: str | os.PathLike) -> Path:
+        """Write a DICOM Segmentation object: a segment per structure drawn, a frame per slice it is in.
+
+        By design of the standard (PS3.3 A.51) it repeats the patient's identity, the study and the scanner
+        from the images it was drawn in, which it refers to. Nothing else that medplib writes does so. Masks
+        are binary (H, W), rows and columns as those images have them. Raises InputError if the volume is not
+        of DICOM, its files have changed or nothing was drawn, MedPLIBError if the folder cannot be written,
+        ImportError without highdicom (`medplib[dicom-seg]`); there is no file then.
+        """
+        return dicom.write(path, self._dicom_seg())
+
+    def _dicom_seg(self) -> bytes:
+        masks = self.masks.transpose(0, 3, 2, 1)  # (findings, slices, H, W)
+        labels = [found.label for found in self.findings]
+        return dicom.encode(self.volume.frames, masks, labels, self.model, repr(self.volume.name))
 
     def __repr__(self) -> str:
         found = ", ".join(f"{f.label} {self.millilitres(i):.1f} ml" for i, f in enumerate(self.findings))
@@ -132,6 +154,7 @@ def segment_volume(
     axis: str = "axial",
     slices: Iterable[int] | None = None,
     window: tuple[float, float] | None = None,
+    series: int | str | None = None,
     batch_size: int = 4,
     progress: Callable[[int, int], Any] | None = None,
     **options: Any,
@@ -142,9 +165,9 @@ def segment_volume(
     names. axis: "axial", "coronal" or "sagittal": how the volume is cut. slices: their numbers from the
     patient's feet, back or left side on; by default all. window: the stored values shown as black and white,
     the same for all slices (for a CT in Hounsfield units, say, (-1000, 400)); by default what a DICOM header
-    says, else the 0.5 and 99.5 percentiles of the volume. Slices whose voxels are no squares are shown with
-    square pixels. batch_size: slices answered together. progress: called with (slices done, of how many).
-    options: as for `MedPLIB.answer`.
+    says, else the 0.5 and 99.5 percentiles of the volume. series: which one of a folder, see `load_volume`.
+    Slices whose voxels are no squares are shown with square pixels. batch_size: slices answered together.
+    progress: called with (slices done, of how many). options: as for `MedPLIB.answer`.
 
     Each slice is looked at by itself: nothing makes neighbours agree. Raises InputError for a volume, axis,
     slice or window that cannot be used, before the model is asked.
@@ -154,7 +177,9 @@ def segment_volume(
     names = named(target)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
-    volume = source if isinstance(source, Volume) else load_volume(source)
+    if isinstance(source, Volume) and series is not None:
+        raise InputError(f"series chooses what is read, and a Volume is given; got {series!r}. Leave it out.")
+    volume = source if isinstance(source, Volume) else load_volume(source, None, series)
     volume = volume if window is None else replace(volume, window=window)
     chosen = volume.numbers(axis, slices)
     findings = [VolumeFinding(without_article(name), np.zeros(volume.values.shape, bool)) for name in names]

@@ -1,12 +1,15 @@
 """Many questions from a file: one JSON line in, one JSON line out, taken up again where it stopped.
 
-A job: {"id"?, "image" or "images", "question", "prompts"?, "history"?}; a prompt is {"box": [x0, y0, x1,
-y1]}, {"point": [x, y], "label"?: 1 or 0} or {"mask": file}. Paths are relative to the file of jobs. A result:
-{"id"} and either what `Answer.to_dict` gives or {"error"}. Without an id a job has the number of its line.
+A job: {"id"?, "image" or "images", "question", "prompts"?, "history"?, "slice"?, "axis"?, "window"?,
+"series"?}; a prompt is {"box": [x0, y0, x1, y1]}, {"point": [x, y], "label"?: 1 or 0} or {"mask": file}. The
+last four are those of the command, for volumes and DICOM: slice or frame from 0, "axial", "coronal" or
+"sagittal", [lowest, highest] value shown, which series of a folder. Paths are relative to the file of jobs. A
+result: {"id"} and either what `Answer.to_dict` gives or {"error"}. Without an id a job has its line's number.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -14,16 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medplib.errors import InputError
+from medplib.apps.volumes import is_volume, picture_of
+from medplib.errors import InputError, is_number
 from medplib.io.json_lines import append_line, read_lines
+from medplib.io.volume import AXES
 
 if TYPE_CHECKING:
+    from medplib.io.volume import Volume
     from medplib.processing import Sample
     from medplib.results import Answer
 
 RESULTS = "results.jsonl"
 _ID = re.compile(r"\w[\w.+-]{0,99}")  # it names a folder
-_KEYS = {"id", "image", "images", "question", "prompts", "history"}
+_KEYS = {"id", "image", "images", "question", "prompts", "history", "slice", "axis", "window", "series"}
 
 
 @dataclass(frozen=True)
@@ -84,18 +90,41 @@ def _misfit(job: dict[str, Any]) -> str | None:
         for turn in turns
     ):
         return "'history' must be a list of [question, answer]"
+    return _misfit_of_volumes(job)
+
+
+def _misfit_of_volumes(job: dict[str, Any]) -> str | None:
+    """What is wrong with the form of slice, axis, window and series, or None."""
+    number, window, series = job.get("slice"), job.get("window"), job.get("series")
+    if number is not None and not (_is_whole(number) and number >= 0):
+        return f"'slice' must be a whole number from 0, got {json.dumps(number)[:120]}"
+    if job.get("axis") not in (None, *AXES):
+        return f"'axis' must be one of {', '.join(AXES)}, got {json.dumps(job['axis'])[:120]}"
+    pair = isinstance(window, list) and len(window) == 2 and all(map(is_number, window))
+    if window is not None and not (pair and window[0] < window[1]):
+        return f"'window' must be [lowest, highest] value shown, got {json.dumps(window)[:120]}"
+    if series is not None and not (_is_whole(series) or isinstance(series, str)):
+        return f"'series' must be a number from 1 or the digits of a UID, got {json.dumps(series)[:120]}"
     return None
 
 
-def to_sample(job: Job, folder: Path) -> Sample:
-    """A job with its images read. Raises InputError for what cannot be used."""
-    from medplib.io.images import load_image
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def to_sample(job: Job, folder: Path, load: Callable[..., Volume] | None = None) -> Sample:
+    """A job with its images read; load: see `picture_of`. Raises InputError for what cannot be used."""
     from medplib.processing import Sample
 
     if job.error:
         raise InputError(job.error)
     content = job.content
-    images = [load_image(folder / path) for path in content.get("images") or [content["image"]]]
+    files = [str(folder / path) for path in content.get("images") or [content["image"]]]
+    if content.get("axis") and not any(map(is_volume, files)):
+        raise InputError(f"'axis' is for volumes, not for {files[0]!r}. Leave it out.")
+    axis, number, series = content.get("axis") or "axial", content.get("slice"), content.get("series")
+    window = content.get("window") and tuple(content["window"])
+    images = [picture_of(file, axis, number, window, series, load) for file in files]
     prompts = content.get("prompts", [])
     if not isinstance(prompts, list):
         raise InputError("'prompts' must be a list")
@@ -128,12 +157,15 @@ def answer_jobs(
     """Answer jobs in batches, in their order; what goes wrong with a job is its own result.
 
     folder: what its paths are relative to. options: those of `MedPLIB.answer`. A batch that fails is taken
-    apart, so that only the job that fails alone has no answer.
+    apart, so that only the job that fails alone has no answer. The last volume is kept for the jobs after it.
     """
+    from medplib.io.volume import load_volume
+
+    load = functools.lru_cache(maxsize=1)(load_volume)
     waiting: list[tuple[Job, Sample | Exception]] = []
     for job in jobs:
         try:
-            waiting.append((job, to_sample(job, folder)))
+            waiting.append((job, to_sample(job, folder, load)))
         except Exception as error:  # reported in the result
             waiting.append((job, error))
         if len(waiting) == batch_size:

@@ -23,7 +23,7 @@ from medplib.apps.models import (
 )
 from medplib.apps.prompts import make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer
-from medplib.apps.volumes import picture_of
+from medplib.apps.volumes import Axis, Series, Slice, Window, picture_of
 from medplib.errors import InputError, MedPLIBError
 
 _PLACE = re.compile(r"<(box|point|background-point|mask)\s+([^<>]+)>")
@@ -35,6 +35,10 @@ def chat(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write each answer into a folder of its number here.")
     ] = None,
+    slice_: Slice = None,
+    axis: Axis = "axial",
+    window: Window = None,
+    series: Series = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     device: Device = None,
     dtype: DType = None,
@@ -51,7 +55,7 @@ def chat(
     with errors_in_one_line():
         check_out(out)
         check_model_options(device, dtype, quantize, device_map)
-        pictures = [picture_of(file, "axial", None, None) for file in images]
+        pictures = [picture_of(file, axis, slice_, window, series) for file in images]
         loaded = load_model(model, device, dtype, quantize, device_map)
         before: Any = pictures
         number = 0

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -27,11 +27,18 @@ from medplib.apps.models import (
 from medplib.apps.prompts import PromptCommand, make_prompts
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
 from medplib.apps.train_cli import train
-from medplib.apps.volumes import is_volume, parse_slices, picture_of, progress_of
+from medplib.apps.volumes import (
+    Axis,
+    Series,
+    Slice,
+    Window,
+    check_source,
+    is_volume,
+    parse_slices,
+    picture_of,
+    progress_of,
+)
 from medplib.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 app = typer.Typer(
     name="medplib",
@@ -78,13 +85,6 @@ _Mask = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE", help="Ask about the non-zero pixels of this image. Repeatable."),
 ]
-_Axis = Annotated[str, typer.Option(help="How a volume is cut: axial, coronal or sagittal.")]
-_Window = Annotated[
-    tuple[float, float] | None,
-    typer.Option(
-        metavar="LOW HIGH", help="The values of a NIfTI volume or DICOM file shown as black and white."
-    ),
-]
 _Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 _AsJson = Annotated[bool, typer.Option("--json", help="Print the whole answer as JSON and nothing else.")]
 
@@ -106,14 +106,10 @@ def ask(
     mask: _Mask = None,
     batch: _Batch = None,
     batch_size: _BatchSize = 4,
-    slice_: Annotated[
-        int | None,
-        typer.Option(
-            "--slice", metavar="N", help="The slice of a NIfTI volume or the frame of a DICOM file, from 0."
-        ),
-    ] = None,
-    axis: _Axis = "axial",
-    window: _Window = None,
+    slice_: Slice = None,
+    axis: Axis = "axial",
+    window: Window = None,
+    series: Series = None,
     seed: _Seed = 0,
     device: Device = None,
     dtype: DType = None,
@@ -135,12 +131,13 @@ def ask(
         check_model_options(device, dtype, quantize, device_map)
         load = functools.partial(load_model, model, device, dtype, quantize, device_map)
         if batch is not None:
-            if images or question or prompts:
-                raise InputError("With --batch the images, questions and prompts are those of its file.")
+            if images or question or prompts or axis != "axial" or (slice_, window, series) != (None,) * 3:
+                raise InputError("With --batch the images, questions, prompts and slices are its file's.")
             raise typer.Exit(_ask_batch(load, batch, out, batch_size, options))
         if not images or question is None:
             raise InputError("Give one or more images and a question, or --batch FILE.")
-        pictures = _load_images(images, question, axis, slice_, window)
+        _check_words(images, question)
+        pictures = [picture_of(file, axis, slice_, window, series) for file in images]
         made = make_prompts(prompts, pictures[0].shape[:2])
         asked = pictures if len(pictures) > 1 else pictures[0]
         answer = load().ask(asked, question, prompts=made, **options)
@@ -174,11 +171,20 @@ def segment(
     names: Annotated[list[str], typer.Argument(metavar="NAME...", help='What to draw, "right lung".')],
     model: ModelName = "medplib-tiny",
     out: _Out = None,
-    axis: _Axis = "axial",
+    axis: Axis = "axial",
     slices: Annotated[
         str | None, typer.Option(metavar="FIRST:LAST", help="These slices of a volume alone, both included.")
     ] = None,
-    window: _Window = None,
+    window: Window = None,
+    series: Series = None,
+    dicom_seg: Annotated[
+        bool,
+        typer.Option(
+            "--dicom-seg",
+            help="Write a DICOM segmentation into the folder of --out too. By design of the standard it, and "
+            "it alone, repeats the patient's identity from the images.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="How many slices are looked at together.")] = 4,
     seed: _Seed = 0,
     device: Device = None,
@@ -193,26 +199,35 @@ def segment(
     """
     with errors_in_one_line():
         check_out(out)
+        if dicom_seg and out is None:
+            raise InputError("--dicom-seg writes into the folder of --out. Give --out DIR too.")
         check_model_options(device, dtype, quantize, device_map)
         if not is_volume(image):
             if slices is not None:
                 raise InputError("--slices is for volumes: NIfTI, or the folder of a DICOM series.")
-            picture = picture_of(image, axis, None, window)
+            picture = picture_of(image, axis, None, window, series)
+            if dicom_seg:
+                check_source(image)
             loaded = load_model(model, device, dtype, quantize, device_map)
             answer = loaded.segment(picture, names, seed=seed)
         else:
             from medplib.io.volume import load_volume
             from medplib.volumetric import segment_volume
 
-            opened = load_volume(image, window)
+            opened = load_volume(image, window, series)
             chosen = opened.numbers(axis, parse_slices(slices))
+            if dicom_seg:
+                check_source(opened)
             loaded = load_model(model, device, dtype, quantize, device_map)
             with progress_of(len(chosen)) as progress:
                 answer = segment_volume(
                     loaded, opened, names, axis=axis, slices=chosen, batch_size=batch_size,
                     progress=progress, seed=seed,
                 )  # fmt: skip
-        written = answer.save(out) if out is not None else []
+        asked = {"dicom_seg": True if is_volume(image) else image} if dicom_seg else {}
+        written = answer.save(out, **asked) if out is not None else []
+    if dicom_seg and not any(path.suffix == ".dcm" for path in written):
+        typer.echo("No DICOM segmentation was written: nothing was drawn.", err=as_json)
     if as_json:
         typer.echo(json.dumps(answer.to_dict(), ensure_ascii=True))
     elif is_volume(image):
@@ -221,14 +236,11 @@ def segment(
         show_answer(answer, out, written)
 
 
-def _load_images(
-    files: Sequence[str], question: str, axis: str, index: int | None, window: tuple[float, float] | None
-) -> list[np.ndarray]:
+def _check_words(files: Sequence[str], question: str) -> None:
     if not question.strip():
         raise InputError("The question is empty. Write one after the images, in quotes.")
     if "\n" not in question and len(question) < 256 and Path(question).is_file():
         raise InputError(f"The last word must be the question, but {question!r} is a file. Add a question.")
-    return [picture_of(file, axis, index, window) for file in files]
 
 
 @app.command()

@@ -36,6 +36,12 @@ _KINDS = {  # photometric interpretations by samples per pixel
     1: ("MONOCHROME2", "MONOCHROME1", "PALETTE COLOR"),
     3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"),
 }
+_MODALITIES = frozenset(
+    """
+    CR CT DX ES GM IO IVUS KO MG MR NM OCT OP OPT OT PR PT PX REG RF RTDOSE RTIMAGE RTPLAN RTSTRUCT SC SEG SM
+    SR TG US XA XC
+""".split()  # noqa: SIM905
+)  # the usual ones of PS3.3 C.7.3.1.1.1; no other is repeated
 _NATIVE = tuple(
     f"1.2.840.10008.1.2{end}" for end in ("", ".1", ".1.99", ".2")
 )  # syntaxes without compression
@@ -130,7 +136,7 @@ def guarded(file: BinaryIO, name: str, work: Callable[[], T]) -> T:
     except ImportError as error:
         raise ImportError(f"{name} is DICOM, which needs pydicom: pip install 'medplib[medical]'.") from error
     try:
-        with _silent():
+        with silent():
             return work()
     except InputError:
         raise
@@ -141,36 +147,87 @@ def guarded(file: BinaryIO, name: str, work: Callable[[], T]) -> T:
     raise InputError(f"{name} {damage if file.read(4) == b'DICM' else _HEADLESS}")
 
 
-def open_frame(file: BinaryIO, name: str, frame: int | None = None) -> tuple[np.ndarray, Any, int]:
-    """(stored values (H, W) or colours (H, W, 3), header with what its groups say of the frame, of how many).
+class OpenDicom:
+    """A file whose header has been read and checked, once; its frames are decoded when asked for.
 
-    For `guarded`. frame: from 0; None for the first.
+    For `guarded`, as what it does. frames: how many; size: (H, W).
     """
-    file, header, options = _header(file, name)
-    frames, frame = options["number_of_frames"], frame or 0
-    if not 0 <= frame < frames:
-        raise InputError(f"{name} has no frame {frame}; its frames are 0 to {frames - 1}.")
-    _adopt_groups(header, frame)
-    array = _stored(file, header.file_meta.TransferSyntaxUID, options, frame, name)
-    if array.dtype.kind == "f":
-        check_finite(array, name)
-    return array, header, frames
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._header, self._options = _header(file, name)
+        self._name, self._pixels = name, self._file.tell()
+        self.frames: int = self._options["number_of_frames"]
+        self.size: tuple[int, int] = self._options["rows"], self._options["columns"]
+
+    def frame(self, number: int) -> tuple[np.ndarray, Any]:
+        """(stored values (H, W) or colours (H, W, 3), header with what its groups say of this frame)."""
+        if not 0 <= number < self.frames:
+            raise InputError(f"{self._name} has no frame {number}; its frames are 0 to {self.frames - 1}.")
+        self._file.seek(self._pixels)
+        syntax = self._header.file_meta.TransferSyntaxUID
+        array = _stored(self._file, syntax, self._options, number, self._name)
+        if array.dtype.kind == "f":
+            check_finite(array, self._name)
+        return array, frame_header(self._header, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is said of a file in a list of series: nothing that tells whose it is."""
+
+    series: str
+    modality: str
+    frames: int
+    size: tuple[int, int] | None  # (height, width) of an image
+
+
+def outline(file: BinaryIO, name: str) -> Outline:
+    """The outline of a file by its header. For `guarded`. Raises InputError for what belongs to no series."""
+    _, header, _ = _start(file, name)
+    if not header.get("SeriesInstanceUID") and not header.get("Rows"):
+        _check_kind(header, None, name)
+    modality, sides = header.get("Modality"), (header.get("Rows"), header.get("Columns"))
+    return Outline(
+        str(header.get("SeriesInstanceUID")),
+        modality if modality in _MODALITIES else "another modality",
+        max(1, int(header.get("NumberOfFrames") or 1)),
+        sides if all(isinstance(side, int) and side > 0 for side in sides) else None,
+    )
+
+
+def frame_header(header: Any, frame: int) -> Any:
+    """A copy of the header, with what its functional groups say of all frames and of this one as its own."""
+    from pydicom import Dataset
+
+    own = Dataset()
+    own.update(header)
+    groups = [
+        *(header.get("SharedFunctionalGroupsSequence") or [])[:1],
+        *(header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1],
+    ]
+    for item in groups:
+        for group in _GROUPS:
+            for said in (item.get(group) or [])[:1]:
+                own.update(said)
+    return own
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Neither warnings nor logs of pydicom, which may hold values of the header; no validation of values."""
+def silent() -> Iterator[None]:
+    """No warnings and logs of pydicom and highdicom, which may quote a header; no validation of values."""
     from pydicom.config import disable_value_validation
 
-    log = logging.getLogger("pydicom")
+    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
     with _PYDICOM, warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
-        level = log.level
-        log.setLevel(logging.CRITICAL + 1)
+        levels = [log.level for log in logs]
         try:
+            for log in logs:
+                log.setLevel(logging.CRITICAL + 1)
             yield
         finally:
-            log.setLevel(level)
+            for log, level in zip(logs, levels, strict=True):
+                log.setLevel(level)
 
 
 def _decode(
@@ -179,10 +236,11 @@ def _decode(
     """The picture uint8 (H, W, 3), and what to warn of."""
     from pydicom.pixels import apply_color_lut
 
-    array, header, frames = open_frame(file, name, frame)
+    opened = OpenDicom(file, name)
+    array, header = opened.frame(frame or 0)
     notes = []
-    if frame is None and frames > 1:
-        notes.append(f"has {frames} frames; the first is read. medplib.io.read_dicom reads any.")
+    if frame is None and opened.frames > 1:
+        notes.append(f"has {opened.frames} frames; the first is read. medplib.io.read_dicom reads any.")
     if array.ndim == 3:
         array = rescale(array, 0, 2**header.BitsStored - 1)
     elif header.PhotometricInterpretation == "PALETTE COLOR":
@@ -197,14 +255,10 @@ def _decode(
 # ------------------------------------------------------------------------------------------ header
 
 
-def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
-    """(the file, inflated if it is deflated, at the first byte of the pixels; its header; how to decode it).
-
-    Everything that decides how much memory the pixels take has been checked.
-    """
+def _start(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, Any]:
+    """(the file, inflated if it is deflated, at the end of the header; the header; the transfer syntax)."""
     from pydicom import dcmread, uid
     from pydicom.filereader import read_dataset, read_preamble
-    from pydicom.pixels.utils import as_pixel_options
 
     file.seek(0)
     read_preamble(file, force=True)
@@ -218,7 +272,18 @@ def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
             raise InputError(f"{name} inflates to {_MAX_INFLATED >> 20} MB or more. Export it uncompressed.")
         file = io.BytesIO(inflated)  # explicit VR, little endian
     file.seek(0)
-    header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+    return file, dcmread(file, stop_before_pixels=True, force=True, specific_tags=_TAGS), syntax
+
+
+def _header(file: BinaryIO, name: str) -> tuple[BinaryIO, Any, dict[str, Any]]:
+    """(the file, inflated if it is deflated, at the first byte of the pixels; its header; how to decode it).
+
+    Everything that decides how much memory the pixels take has been checked.
+    """
+    from pydicom import uid
+    from pydicom.pixels.utils import as_pixel_options
+
+    file, header, syntax = _start(file, name)
     order = "<" if header.original_encoding[1] else ">"
     group, element, vr, length = struct.unpack(f"{order}HH4sL", file.read(12).ljust(12, b"\0"))
     keyword = _PIXELS.get(group << 16 | element)
@@ -275,16 +340,6 @@ def _check_pixels(options: dict[str, Any], name: str) -> None:
             f"{name} has {samples} samples of {bits} bits per pixel in a form that is not read. Export it as "
             "MONOCHROME2 or RGB of 8 or 16 bits."
         )
-
-
-def _adopt_groups(header: Any, frame: int) -> None:
-    """Copy what the functional groups say of all frames, and of this one, to the header itself."""
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    own = header.get("PerFrameFunctionalGroupsSequence") or []
-    for groups in [*shared[:1], *own[frame : frame + 1]]:
-        for group in _GROUPS:
-            for item in (groups.get(group) or [])[:1]:
-                header.update(item)
 
 
 # ------------------------------------------------------------------------------------------ pixels

@@ -316,11 +316,18 @@ def stretch(array: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
 
     `counted` are the values that percentiles are taken from, by default all of the array.
     """
-    flat = (array if counted is None else counted).reshape(-1)
-    low, high = np.percentile(flat[:: max(1, flat.size // _SAMPLE)].astype(np.float64), WINDOW)
+    return rescale(array, *shown_range(array if counted is None else counted))
+
+
+def shown_range(array: np.ndarray) -> tuple[float, float]:
+    """The lowest and highest value that `stretch` shows; NaN counts as 0. A large array is sampled."""
+    every = max(1, array.size // _SAMPLE)
+    sample = array.reshape(-1)[::every] if array.flags.c_contiguous else array.flat[::every]
+    low, high = np.percentile(np.nan_to_num(sample).astype(np.float64), WINDOW)
     if high <= low:
-        low, high = float(flat.min()), float(flat.max())
-    return rescale(array, float(low), float(high))
+        whole = np.nan_to_num(array)
+        low, high = whole.min(), whole.max()
+    return float(low), float(high)
 
 
 def rescale(array: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import gzip
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError, is_number
-from medplib.io.images import check_size, is_dicom, rescale, stretch
+from medplib.io.images import check_size, is_dicom, rescale, shown_range
+
+if TYPE_CHECKING:
+    from medplib.io.dicom_seg import SourceFrame
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
@@ -33,12 +36,14 @@ class Volume:
         Volume(array, (0.8, 0.8, 2.5), "my scan")       # an array of your own; of files: load_volume
 
     window: the stored values shown as black and white, by default the 0.5 and 99.5 percentiles of the whole.
+    frames: of DICOM, where each slice along the last axis of the file's voxels was read from.
     """
 
     values: np.ndarray
     spacing: tuple[float, float, float]
     name: str
     window: tuple[float, float] | None = None
+    frames: Sequence[SourceFrame] = field(default=(), repr=False)
     _file: Any = field(default=None, repr=False)  # affine (4, 4), orientation (3, 2) of the file
 
     def __post_init__(self) -> None:
@@ -55,12 +60,9 @@ class Volume:
             raise InputError(f"A window goes from a lower to a higher value, got {self.window}.")
 
     @cached_property
-    def grey(self) -> np.ndarray:
-        """uint8 (x, y, z): the values in the window, the same for all slices."""
-        values = self.values
-        if values.dtype.kind == "f":
-            values = np.nan_to_num(values)
-        return stretch(values) if self.window is None else rescale(values, *self.window)
+    def shown(self) -> tuple[float, float]:
+        """The values shown as black and white, the same in all slices: the window, or what stands for it."""
+        return shown_range(self.values) if self.window is None else self.window
 
     def numbers(self, axis: str, chosen: Iterable[int] | None = None) -> list[int]:
         """The numbers of these slices in order, of all for None. Raises InputError for what is not there."""
@@ -78,7 +80,8 @@ class Volume:
     def picture(self, axis: str, index: int) -> np.ndarray:
         """A slice as a picture, uint8 (h, w, 3). Raises InputError for a slice that is not there."""
         self.numbers(axis, [index])
-        plane = upright(self.grey, AXES[axis], index)
+        plane = upright(self.values, AXES[axis], index)
+        plane = rescale(np.nan_to_num(plane), *self.shown)
         height, width = self._square(axis)
         check_size(height, width, f"Slice {index} of {self.name!r} with square pixels")
         if plane.shape != (height, width):
@@ -129,16 +132,24 @@ class Volume:
         return max(1, round(height * down / least)), max(1, round(width * across / least))
 
 
-def load_volume(path: str | os.PathLike, window: tuple[float, float] | None = None) -> Volume:
+def load_volume(
+    path: str | os.PathLike,
+    window: tuple[float, float] | None = None,
+    series: int | str | None = None,
+) -> Volume:
     """A NIfTI file, or a DICOM series as `medplib.io.series` reads it -> Volume.
 
-    The last two NIfTI files of each process are kept. window: the lowest and highest value shown. Raises
-    InputError for what cannot be read or is not three-dimensional, ImportError without nibabel.
+    The last two NIfTI files of each process are kept. window: the lowest and highest value shown. series: one
+    of several DICOM series in a folder, by its number from 1, its SeriesInstanceUID or the last digits of
+    that; without it such a folder is refused with a list. Raises InputError for what cannot be read or is not
+    three-dimensional, ImportError without nibabel.
     """
     if os.path.isdir(path) or is_dicom(path):
         from medplib.io.series import load_series
 
-        return load_series(path, window)
+        return load_series(path, window, series)
+    if series is not None:
+        raise InputError(f"series is for folders of DICOM files, not for {os.fspath(path)!r}. Leave it out.")
     return _volume(*_read_at(path), os.fspath(path), window)
 
 
@@ -154,7 +165,7 @@ def volume_of(
 
 def _volume(values, affine, orientation, name: str, window) -> Volume:
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))[np.argsort(orientation[:, 0])]
-    return Volume(values, tuple(map(float, spacing)), name, window, (affine, orientation))
+    return Volume(values, tuple(map(float, spacing)), name, window, _file=(affine, orientation))
 
 
 def volume(path: str) -> np.ndarray:
@@ -181,7 +192,7 @@ def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
         raise InputError(
             f"There is no slice {index}; the volume has {values.shape[axis]} on that axis, counted from 0."
         )
-    plane = np.take(values, index, axis)
+    plane = np.moveaxis(values, axis, 0)[index]  # np.take would copy the whole
     return np.ascontiguousarray(plane[::-1, ::-1].T)
 
 
