@@ -154,8 +154,8 @@ def test_rows_hold_each_mask_of_the_reference():
     (question,) = questions_of(said)
     row = score(question, drawn("here", blob(0, 5), blob(12, 14), blob(0, 1), labels=["a", "x", "y"]))
     assert row["masks"] == [
-        {"name": "a", "dice": 2 / 3, "iou": 0.5, "drawn": True},
-        {"name": "b", "dice": 0.0, "iou": 0.0, "drawn": True},
+        {"name": "a", "dice": 2 / 3, "iou": 0.5, "drawn": True, "pixels": [100, 100, 200]},
+        {"name": "b", "dice": 0.0, "iou": 0.0, "drawn": True, "pixels": [0, 40, 200]},
     ]
     assert row["drawn"] == 3
     assert (decode_findings(json.loads(json.dumps(row)))[0] == blob(0, 5)).all()
@@ -253,6 +253,18 @@ def test_a_report_holds_the_figures_of_each_task():
     assert dice_all["n"] == dice_all["cases"] == 2
     with pytest.raises(InputError, match="by must be one of source, dataset"):
         report.lines("patient")
+
+
+def test_slices_of_a_case_give_the_dice_of_its_volume():
+    slices = [
+        record(("Segment the a.", "<ref>a</ref> <SEG>"), masks=[blob(0, width)], case="p1")
+        for width in (10, 20, 30)
+    ]
+    report = evaluate(Speaker(half), slices)
+    assert figures(report)["grounding", "", "volume", "all"] == pytest.approx(2 * 30 / (30 + 60))
+    assert figures(report, "structure")["grounding", "", "volume", "a"] == pytest.approx(2 / 3)
+    alone = evaluate(Speaker(half), [slices[0], replace(slices[1], case="p2"), replace(slices[2], case=None)])
+    assert not any(line.figure == "volume" for line in alone.lines())
 
 
 def test_the_official_report_shows_the_published_metrics_and_the_papers_figures():

@@ -22,6 +22,7 @@ TASKS = ("grounding", "absent", "region", "vqa")
 FIGURES = {
     "dice": "mean Dice over the masks asked for, 0 where none was drawn",
     "iou": "mean IoU, likewise",
+    "volume": "mean Dice of a case's structures, over all slices of each that were asked about together",
     "drawn": "share of the masks asked for that were drawn",
     "extra": "masks drawn beyond those asked for, per question",
     "right": "share of right answers: the same yes or no, the choice meant, else the same words",
@@ -167,6 +168,7 @@ class Report:
     def entries(self) -> Iterator[dict[str, Any]]:
         """A dict per value: its figure, whose it is ("key", the same in another evaluation of the same
         questions), its case ("cluster"), and what it can be grouped by."""
+        volumes: dict[tuple, list[tuple[dict[str, Any], list[int]]]] = defaultdict(list)
         for row in self.rows:
             about = {name: row.get(name) for name in ("source", "dataset", "split", "modality", "case")}
             about |= {"task": row["task"], "type": "", "structure": "", "key": row["id"]}
@@ -175,12 +177,19 @@ class Report:
                 for i, mask in enumerate(row["masks"]):
                     of_mask = about | {"structure": mask["name"], "key": f"{row['id']}/{i}"}
                     yield from (of_mask | {"figure": f, "value": mask[f]} for f in ("dice", "iou", "drawn"))
+                    if row["case"] and mask["name"] and "pixels" in mask:
+                        volumes[row["source"], row["case"], mask["name"]].append((of_mask, mask["pixels"]))
                 yield about | {"figure": "extra", "value": max(0, row["drawn"] - len(row["masks"]))}
                 continue
             if row["task"] != "absent":
                 about["type"] = row["type"]
                 yield from (about | {"figure": f, "value": row[f]} for f in _FIGURES_OF[row["type"]])
             yield about | {"figure": "silent", "value": not row["drawn"]}
+        for key, slices in volumes.items():
+            if len({of_mask["key"].partition("/")[0] for of_mask, _ in slices}) > 1:
+                both, drawn, right = np.sum([pixels for _, pixels in slices], axis=0).tolist()
+                value = 2 * both / (drawn + right) if drawn + right else 1.0
+                yield slices[0][0] | {"figure": "volume", "key": "/".join(key), "value": value}
 
     def __repr__(self) -> str:
         return f"Report({len(self.rows)} questions, {len(self.errors)} errors)"

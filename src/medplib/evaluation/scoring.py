@@ -113,7 +113,9 @@ def _masks(
     out = []
     for i, (name, target) in enumerate(zip(names, targets, strict=True)):
         mask = findings[pairs[i]].mask if i in pairs else np.zeros_like(target)
-        out.append({"name": name, "dice": dice(mask, target), "iou": iou(mask, target), "drawn": i in pairs})
+        figures = {"dice": dice(mask, target), "iou": iou(mask, target), "drawn": i in pairs}
+        pixels = [int(m.sum()) for m in (mask & target, mask, target)]  # of both, drawn, right
+        out.append({"name": name, **figures, "pixels": pixels})
     return out
 
 
