@@ -69,8 +69,13 @@ def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
             f"gate_logits needs tokens (T, D) and weight (E, D), got {tuple(tokens.shape)} and "
             f"{tuple(weight.shape)}."
         )
-    if not _loader.loaded(tokens.device.type):  # autograd then skips, and FLOP counters see, each product
-        return reference.gate_logits(tokens, weight)
+    device = tokens.device.type
+    if not (_loader.loaded(device) or (device == "cuda" and _loader.may_load(device))):
+        return reference.gate_logits(tokens, weight)  # autograd then skips, FLOP counters see, each product
+    if weight.dtype != tokens.dtype:  # a kernel takes one type, or 16-bit tokens and a float32 weight
+        precise = reference.precise_type(tokens, weight)
+        weight = weight.to(precise)
+        tokens = tokens.to(precise) if precise == torch.float64 else tokens
     return torch.ops.medplib.gate_logits(tokens, weight)
 
 
@@ -261,7 +266,7 @@ def combine(
             f"residual must be {(weights.shape[0], rows.shape[1])}, got {tuple(residual.shape)}."
         )
     position = invert(order, *weights.shape) if position is None else position
-    weights = weights.to(reference.precise_type(rows, weights))
+    weights = weights.to(reference.precise_type(rows))
     residual = None if residual is None else residual.to(rows.dtype)
     return _operator("combine", rows, order, position, weights, residual)
 
@@ -326,7 +331,7 @@ def decode_ffn(
             f"decode_ffn needs one type, got tokens {tokens.dtype}, gate_up {gate_up.dtype} and down "
             f"{down.dtype}."
         )
-    weights = weights.to(reference.precise_type(tokens, weights))
+    weights = weights.to(reference.precise_type(tokens))
     residual = None if residual is None else residual.to(tokens.dtype)
     return _operator("decode_ffn", tokens, experts.to(torch.int64), weights, gate_up, down, residual)
 
