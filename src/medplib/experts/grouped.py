@@ -321,10 +321,10 @@ def _takes(tokens: Tensor, kind: torch.dtype, layer: _Linear) -> bool:
 
 
 def _waits_for_nothing(tokens: Tensor, kind: torch.dtype, weight: Tensor) -> bool:
-    """Whether the host need not read how many rows each expert has."""
+    """Whether the host need not read how many rows each expert has: weight (..., H, D)."""
     if not tokens.is_cuda:
         return True
-    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape):
+    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape[-2:]):
         return False
     return _generation(tokens.device.index) in (9, 10)  # on others torch reads the offsets in a loop
 
