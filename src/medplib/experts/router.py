@@ -36,7 +36,6 @@ from medplib.experts.context import (
     Padding,
     current_mask,
     forced_choice,
-    is_recomputation,
     routing_mask,
     tell_observers,
     unknown_expert,
@@ -46,6 +45,7 @@ from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.packing import Packed, pack_experts
+from medplib.experts.recomputation import Past
 from medplib.registry import EXPERTS
 
 if TYPE_CHECKING:
@@ -153,8 +153,7 @@ class MoERouter(nn.Module):
         if ours and pack and not any(parameter.is_meta for parameter in self.experts.parameters()):
             with contextlib.suppress(InputError):  # a kind of expert whose weights cannot lie together
                 self.pack()
-        # What surrounded the latest forward: the mask and a forced choice; see _surroundings.
-        self._latest: tuple[Padding | None, Choice | None] = (None, None)
+        self._past: Past[tuple[Padding | None, Choice | None]] = Past()  # see _surroundings
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -266,14 +265,9 @@ class MoERouter(nn.Module):
         Gradient checkpointing repeats a forward during `backward`, when the `with` blocks around it have
         ended; so they are remembered from the forward itself.
         """
-        if is_recomputation():
-            outer, choice = self._latest
-        else:
-            outer, choice = current_mask(), forced_choice(self)
-            if self.parity is not None:
-                outer = None
-            if self.training or torch.is_grad_enabled():
-                self._latest = (outer, choice)
+        outer, choice = self._past.of_this_forward(
+            lambda: (None if self.parity else current_mask(), forced_choice(self)), keep=self.training
+        )
         return (outer if mask is None else Padding(mask)), choice
 
     def init_expert(self, name: str, source: str | nn.Module) -> None:
