@@ -114,7 +114,9 @@ def routing_mask(mask: Tensor | None) -> Iterator[None]:
             model(input_ids, attention_mask=attention_mask)
 
     With gradient checkpointing the router remembers the mask for the recomputation, which happens in
-    `backward` after this block has ended.
+    `backward` after this block has ended. A checkpoint around compiled code does not know it then: compile
+    what holds the checkpoint, or give the mask as an argument of the router. The same goes for forced and
+    replayed choices.
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise InputError(f"routing_mask needs a tensor with one entry per token, or None; got {mask!r}.")
