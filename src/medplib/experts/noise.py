@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from medplib.errors import InputError
 from medplib.experts.recomputation import Past, is_recomputation
-
-_STEP = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
-_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+from medplib.ops.reference.routing import GOLDEN, mix
 
 
 class KeyedNoise(nn.Module):
@@ -63,11 +61,11 @@ class KeyedNoise(nn.Module):
 
     def uniform(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Float32 numbers above 0 and below 1, the same until `advance`. No host sync."""
-        count = math.prod(shape)
         state = self.state.to(device or self.state.device)
-        key = _mix(_mix(state[0]) + (state[1] - self._behind) * _STEP)  # ()
-        bits = _mix(key + torch.arange(1, count + 1, device=state.device) * _STEP)  # (count,)
-        top = _shift(bits, 41).to(torch.float32)  # 23 bits, so that adding a half is exact
+        key = mix(state[0]) + (state[1] - self._behind) * GOLDEN  # ()
+        # An operator, since torch.compile for the CPU gives a wrong loop to products that wrap around.
+        bits = torch.ops.medplib.counter_bits(key, math.prod(shape))  # (count,) of 63 bits
+        top = (bits >> 40).to(torch.float32)  # 23 bits, so that adding a half is exact
         return ((top + 0.5) * 2.0**-23).reshape(tuple(shape))
 
     def gumbel(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -92,15 +90,3 @@ def _first_run(like: Tensor) -> Tensor:
 @_first_run.register_fake
 def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """Hash 64-bit numbers; int64 products wrap around on every device."""
-    z = (z ^ _shift(z, 30)) * _MIX[0]
-    z = (z ^ _shift(z, 27)) * _MIX[1]
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, places: int) -> Tensor:
-    """Shift right, filling with zeros."""
-    return (z >> places) & ((1 << (64 - places)) - 1)
