@@ -325,7 +325,11 @@ class MoERouter(nn.Module):
         return force_expert(self, name)
 
     def freeze(self, *names: str) -> None:
-        """Stop training these experts (or "gate"): they keep their weights and lose their gradient."""
+        """Stop training these experts (or "gate"): they keep their weights and lose their gradient.
+
+        A frozen expert is in evaluation mode, so that running statistics stay too; a frozen gate keeps its
+        load bias.
+        """
         self._check_parts(names)
         self._require_grad(names, False)
 
@@ -355,6 +359,16 @@ class MoERouter(nn.Module):
                 parameter.requires_grad_(value)
                 if not value:
                     parameter.grad = None  # else an optimiser with momentum or weight decay would move it
+            if name != "gate":
+                self.experts[name].train(value and self.training)
+
+    def train(self, mode: bool = True) -> MoERouter:
+        """Like `nn.Module.train`, but a frozen expert stays in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            if name != "gate":
+                self.experts[name].eval()
+        return self
 
     def _check_parts(self, names: tuple[str, ...]) -> None:
         if not names:
