@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 from medplib.experts.noise import first_run
 from medplib.experts.recomputation import Past
 
@@ -39,8 +39,8 @@ class LoadBias(nn.Module):
 
     def __init__(self, num_experts: int, rate: float = 0.001, update: str = "forward") -> None:
         super().__init__()
-        if not rate > 0:
-            raise InputError(f"bias_rate must be above 0, or None for no bias; got {rate!r}.")
+        if not is_number(rate) or rate <= 0:
+            raise InputError(f"bias_rate must be a finite number above 0, or None for no bias; got {rate!r}.")
         if update not in UPDATES:
             raise InputError(f"bias_update must be one of {', '.join(UPDATES)}; got {update!r}.")
         self.rate, self.when = float(rate), update

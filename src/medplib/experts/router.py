@@ -131,6 +131,8 @@ class MoERouter(nn.Module):
         elif gate_args:
             raise InputError(f"gate_args go to a gate found by name; this one is a {type(gate).__name__}.")
         limited = capacity_factor is not None or eval_capacity_factor is not None
+        if drop != "position" and not limited:
+            raise InputError(f"drop={drop!r} drops nothing without a capacity; give capacity_factor.")
         if limited and parity is None and getattr(gate, "own_capacity", False):
             raise InputError(
                 f"{type(gate).__name__} has a capacity of its own; give none to the router (see gate_args)."
