@@ -726,6 +726,8 @@ def test_wrong_arguments_are_refused_with_what_was_given():
         (lambda: ops.drop_overflow(one.long(), 2, 1, priority=x), r"\(5, 4\)"),
         (lambda: ops.uniform(3, torch.tensor(0.5)), "float32"),
         (lambda: ops.permute(x[0], order, 1), r"\(4,\)"),
+        (lambda: ops.permute(x, order, 0), "and 0"),
+        (lambda: ops.choose_top_k(x, 5), r"\(5, 4\) and 5"),
         (lambda: ops.combine(x, order[:3], one), r"\(3,\)"),
         (lambda: ops.combine(x, order, one, residual=x[:3]), r"\(3, 4\)"),
         (lambda: ops.swiglu(torch.randn(2, 3)), r"\(2, 3\)"),

@@ -139,6 +139,10 @@ def choose_top_k(logits: Tensor, k: int) -> Tensor:
 
     logits (T, E) -> (T, K) int64.
     """
+    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+        raise InputError(
+            f"choose_top_k needs logits (T, E) and k between 1 and E, got {tuple(logits.shape)} and {k}."
+        )
     return reference.choose_top_k(logits, k)
 
 
@@ -237,9 +241,10 @@ def permute(tokens: Tensor, order: Tensor, k: int, position: Tensor | None = Non
 
     A row whose order is -1 is all zeros. `position` (T, K), as `plan` returns it, saves its computation.
     """
-    if tokens.ndim != 2 or order.ndim != 1:
+    if tokens.ndim != 2 or order.ndim != 1 or k < 1:
         raise InputError(
-            f"permute needs tokens (T, D) and order (R,), got {tuple(tokens.shape)} and {tuple(order.shape)}."
+            f"permute needs tokens (T, D), order (R,) and k of at least 1, got {tuple(tokens.shape)}, "
+            f"{tuple(order.shape)} and {k}."
         )
     return _operator("permute", tokens, order, position, k)
 
