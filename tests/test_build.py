@@ -180,6 +180,18 @@ def test_library_is_built_once_and_found_again(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("damage", [b"", b"onc", b"other\n"])
+def test_library_that_was_damaged_is_compiled_again(damage, tmp_path, monkeypatch):
+    writes = 'while [ "$1" != -o ]; do shift; done; echo once > "$2"'
+    monkeypatch.setenv("CXX", compiler(tmp_path, writes))
+    monkeypatch.setenv("MEDPLIB_CACHE_DIR", str(tmp_path / "cache"))
+    path = _build.build("cpu")
+    path.write_bytes(damage)
+    assert _build.cached("cpu") is None
+    assert _build.build("cpu") == path
+    assert path.read_text() == "once\n"
+
+
 def test_machine_without_nvcc_compiles_the_rest_and_says_so(tmp_path, monkeypatch, capsys):
     def no_nvcc():
         raise _build.BuildError("no nvcc")

@@ -105,6 +105,8 @@ def test_recomputation_drops_the_same_tokens():
     ("arguments", "message"),
     [
         ({"drop": "last"}, "position, probability, random; got 'last'"),
+        ({"drop": "probability"}, "drops nothing without a capacity"),
+        ({"parity": "deepspeed", "gate_args": {"noise": "jitter"}}, "noise must be a module .* got 'jitter'"),
         ({"min_capacity": -1}, "min_capacity must be .* got -1"),
         ({"eval_capacity_factor": 0}, "eval_capacity_factor must be a finite number above 0"),
         ({"parity": "fairseq"}, "parity must be 'deepspeed' or None, got 'fairseq'"),

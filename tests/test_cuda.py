@@ -199,6 +199,19 @@ def test_second_device_is_used_for_its_tensors():
 # Routers and the model
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_router_on_the_second_device_waits_for_the_counts_of_that_device():
+    torch.manual_seed(0)
+    router, x = MoERouter(32, 4, hidden_dim=64), torch.randn(4096, 32)
+    expected = router(x)
+    router, x = router.to("cuda:1"), x.to("cuda:1")
+    busy = torch.randn(8192, 8192, device="cuda:1")
+    torch.cuda.synchronize(1)
+    for _ in range(5):
+        busy = busy @ busy.T * 1e-4  # the counts come late
+    torch.testing.assert_close(router(x).cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_router_on_cuda_chooses_and_answers_as_on_cpu():
     torch.manual_seed(0)
     router = MoERouter(32, experts=["a", "b", "c"], hidden_dim=64, top_k=2)

@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from medplib.errors import InputError
 from medplib.experts import (
@@ -308,6 +309,17 @@ def test_tables_as_a_gpu_takes_them_give_what_the_experts_give(kind):
     out = dispatch._mix_tables(x, experts, weights, tables, 3)
     wanted = slow(x, experts, weights, router.experts)
     assert (out.float() - wanted).norm() <= 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize(("experts", "width", "taken"), [(2, 16, True), (60, 24, True), (8, 12, False)])
+def test_tables_for_a_gpu_have_rows_of_whole_16_bytes_and_any_number_of_experts(
+    experts, width, taken, monkeypatch
+):
+    monkeypatch.setattr(grouped, "_generation", lambda device: 9)
+    with FakeTensorMode():
+        tokens = torch.empty(5, width, dtype=torch.bfloat16, device="cuda")
+        table = torch.empty(experts, 32, width, dtype=torch.bfloat16, device="cuda")
+    assert grouped._waits_for_nothing(tokens, torch.bfloat16, table) == taken
 
 
 class Namesake(SwiGLU):

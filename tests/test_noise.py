@@ -1,6 +1,7 @@
 """Keyed noise: what its numbers depend on, and that they are spread as they should be."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_another_key_or_draw_gives_other_numbers_and_a_copy_the_same():
 def test_number_of_a_place_does_not_depend_on_how_many_follow():
     noise = KeyedNoise(seed=3).half()
     assert torch.equal(noise.uniform((10, 3))[:4], noise.uniform((4, 3)))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ on this machine")
+def test_code_compiled_for_the_cpu_draws_the_same_numbers():
+    torch._dynamo.reset()
+    noise, twin = KeyedNoise(seed=12345), KeyedNoise(seed=12345)
+
+    def draw(source, count):
+        source.advance()
+        return source.uniform((count, 3))
+
+    compiled = torch.compile(draw, fullgraph=True)
+    for count in (50, 100, 200):
+        assert torch.equal(compiled(twin, count), draw(noise, count))
 
 
 def test_global_generator_is_neither_used_nor_moved():

@@ -9,10 +9,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medplib import ops
 from medplib.errors import InputError
-from medplib.ops import functions, reference
+from medplib.ops import _loader, functions, reference
 
 LIB = torch.ops.medplib
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -667,6 +669,45 @@ def test_autocast_changes_neither_scores_nor_decode():
         assert torch.equal(ops.decode_ffn(*arguments), out)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("other", TYPES)
+def test_weights_of_another_type_are_taken(dtype, other, device):
+    given, precise = setting("plain", dtype, device), max(dtype, other, key=lambda kind: kind.itemsize)
+    tokens = given["tokens"].requires_grad_(True)
+    weight = given["weight"].to(other).requires_grad_(True)
+    logits = ops.gate_logits(tokens, weight)
+    torch.testing.assert_close(
+        logits, (tokens.double() @ weight.double().T).to(logits.dtype), rtol=1e-5, atol=1e-5
+    )
+    assert logits.dtype == (torch.float64 if precise == torch.float64 else torch.float32)
+    logits.sum().backward()
+    assert tokens.grad.dtype == dtype
+    assert weight.grad.dtype == other
+    weights = given["weights"].to(other)
+    placed = (given["rows"], given["order"], weights, given["position"])
+    assert ops.combine(*placed).dtype == dtype
+    chosen = (given["tokens"].detach(), given["experts"], weights, given["gate_up"], given["down"])
+    assert ops.decode_ffn(*chosen).dtype == dtype
+
+
+def test_scores_on_a_gpu_come_from_the_operator_from_the_first_call_on(monkeypatch):
+    """It loads the kernels; the first scores by PyTorch and the next by a kernel would differ in bits."""
+    called = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            called.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(_loader, "_state", _loader._State())
+    with FakeTensorMode():
+        tokens, weight = torch.empty(3, 4, device="cuda"), torch.empty(2, 4, device="cuda")
+        with Listen():
+            ops.gate_logits(tokens, weight)
+    assert called == [LIB.gate_logits.default]
+
+
 # Wrong arguments
 
 
@@ -685,6 +726,8 @@ def test_wrong_arguments_are_refused_with_what_was_given():
         (lambda: ops.drop_overflow(one.long(), 2, 1, priority=x), r"\(5, 4\)"),
         (lambda: ops.uniform(3, torch.tensor(0.5)), "float32"),
         (lambda: ops.permute(x[0], order, 1), r"\(4,\)"),
+        (lambda: ops.permute(x, order, 0), "and 0"),
+        (lambda: ops.choose_top_k(x, 5), r"\(5, 4\) and 5"),
         (lambda: ops.combine(x, order[:3], one), r"\(3,\)"),
         (lambda: ops.combine(x, order, one, residual=x[:3]), r"\(3, 4\)"),
         (lambda: ops.swiglu(torch.randn(2, 3)), r"\(2, 3\)"),

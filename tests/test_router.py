@@ -293,6 +293,25 @@ def test_frozen_expert_does_not_move_and_the_others_do():
     assert all(p.grad is None for p in router.experts["bone"].parameters())
 
 
+def test_running_statistics_of_a_frozen_expert_and_the_bias_of_a_frozen_gate_stay():
+    def expert():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+
+    torch.manual_seed(0)
+    router = MoERouter(8, {"a": expert(), "b": expert()}, gate_args={"bias_rate": 0.1})
+    router.freeze("a", "gate")
+    before = {name: value.clone() for name, value in router.state_dict().items()}
+    for _ in range(3):
+        nn.Sequential(router).train()(torch.randn(40, 8))
+    moved = {name for name, value in router.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {f"experts.b.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    router.unfreeze("a", "gate")
+    assert router.experts["a"].training
+    router(torch.randn(40, 8))
+    assert not torch.equal(router.experts["a"][1].running_mean, before["experts.a.1.running_mean"])
+    assert router.gate.bias.load.sum() == 40
+
+
 def test_gradient_still_flows_through_a_frozen_expert():
     router = make_router()
     router.freeze("vessel", "bone", "fat", "gate")

@@ -232,6 +232,9 @@ def test_start_that_does_not_fit_is_named():
         router.init_expert("expert_0", GELUMLP(DIM, HIDDEN))
     with pytest.raises(UnknownNameError, match="'expert_9'"):
         router.init_expert("expert_0", "expert_9")
+    for itself in ("expert_0", router.experts["expert_0"]):
+        with pytest.raises(InputError, match="cannot start from itself"):
+            router.init_expert("expert_0", itself)
 
 
 # What freezing saves

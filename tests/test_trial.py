@@ -1,5 +1,7 @@
 """The trial of compiled kernels: what is wrong, or crashes, or is no library, is not used."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,23 @@ def test_a_library_that_passed_is_not_tried_again(tmp_path, monkeypatch):
     (tmp_path / "kernels-cpu.tried").touch()
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("tried again"))
     _trial.try_once("cpu", Path("kernels.so"), tmp_path)
+
+
+def test_a_library_that_passed_is_used_where_no_mark_can_be_left(tmp_path, monkeypatch):
+    passed = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: passed)
+    (tmp_path / "file").touch()
+    _trial.try_once("cpu", Path("kernels.so"), tmp_path / "file")
+
+
+def test_the_trial_finds_the_package_where_this_process_found_it(tmp_path, monkeypatch):
+    given = {}
+
+    def listen(command, env, **_):
+        given.update(env)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr("subprocess.run", listen)
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    _trial.try_once("cpu", Path("kernels.so"), tmp_path)
+    assert str(tmp_path / "elsewhere") in given["PYTHONPATH"].split(os.pathsep)

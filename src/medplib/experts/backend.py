@@ -9,7 +9,8 @@ T tokens, D width, E experts, K experts per token, R = T*K rows given to experts
     model.set_experts_implementation("medplib")        # or of a model that is there already
 
 Every expert runs once, on its own rows in the order of the tokens; nothing is padded and nothing is added
-atomically, so forward and backward are the same bit for bit in every run. Needs transformers 5.
+atomically, so forward and backward are the same bit for bit in every run. Needs transformers 5. The few
+models whose experts transformers lets nobody replace (Llama 4, DBRX, JetMoE, Doge, LongCat) keep their loop.
 """
 
 from __future__ import annotations

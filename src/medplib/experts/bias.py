@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 from medplib.experts.noise import first_run
+from medplib.experts.recomputation import Past
 
 UPDATES = ("forward", "call")
 
@@ -25,7 +26,7 @@ class LoadBias(nn.Module):
     """The bias of E experts, kept as whole numbers of steps, so that bfloat16 models do not round it away.
 
     update  "forward": at the start of a training forward, by the load since the last one. Gradient
-            checkpointing repeats the latest forward with the bias it had.
+            checkpointing repeats a forward with the bias it had (around compiled code, the latest forward).
             "call": only when `update()` is called, for instance after each optimiser step; set the attribute
             to this to hold the bias still.
 
@@ -38,17 +39,19 @@ class LoadBias(nn.Module):
 
     def __init__(self, num_experts: int, rate: float = 0.001, update: str = "forward") -> None:
         super().__init__()
-        if not rate > 0:
-            raise InputError(f"bias_rate must be above 0, or None for no bias; got {rate!r}.")
+        if not is_number(rate) or rate <= 0:
+            raise InputError(f"bias_rate must be a finite number above 0, or None for no bias; got {rate!r}.")
         if update not in UPDATES:
             raise InputError(f"bias_update must be one of {', '.join(UPDATES)}; got {update!r}.")
         self.rate, self.when = float(rate), update
         self.register_buffer("steps", torch.zeros(num_experts, dtype=torch.int64))
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64))
+        self._past: Past[Tensor] = Past()
 
     def forward(self) -> Tensor:
         """What is added to the scores: (E,) float32."""
-        return self.steps.to(torch.float32) * self.rate
+        steps = self._past.of_this_forward(self.steps.clone, keep=self.training)
+        return steps.to(torch.float32) * self.rate
 
     def begin(self) -> None:
         """Called by the gate at the start of a training forward."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib.errors import InputError, UnknownNameError
+from medplib.experts.recomputation import is_recomputation
 
 if TYPE_CHECKING:
     from medplib.experts.router import MoERouter, Routing
@@ -113,8 +114,9 @@ def routing_mask(mask: Tensor | None) -> Iterator[None]:
             model(input_ids, attention_mask=attention_mask)
 
     With gradient checkpointing the router remembers the mask for the recomputation, which happens in
-    `backward` after this block has ended. It remembers the latest one: run `backward` before the next
-    forward, or give the mask as an argument of the router.
+    `backward` after this block has ended. A checkpoint around compiled code does not know it then: compile
+    what holds the checkpoint, or give the mask as an argument of the router. The same goes for forced and
+    replayed choices.
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise InputError(f"routing_mask needs a tensor with one entry per token, or None; got {mask!r}.")
@@ -157,11 +159,6 @@ def tell_observers(router: MoERouter, routing: Routing, shape: torch.Size, kept:
     if observers and not is_recomputation():
         for observer in observers:
             observer.receive(router, routing, shape, kept)
-
-
-def is_recomputation() -> bool:
-    """Whether this forward runs inside a backward pass, which is where gradient checkpointing repeats it."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def named_routers(model: nn.Module) -> dict[str, MoERouter]:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from medplib.errors import InputError
-from medplib.experts.context import is_recomputation, named_routers, observe
+from medplib.experts.context import named_routers, observe
+from medplib.experts.recomputation import is_recomputation
 
 if TYPE_CHECKING:
     from medplib.experts.gate import Routing

@@ -61,6 +61,8 @@ class DeepSpeedGate(nn.Module):
                 f"The published gating has score='softmax' and renormalize=False (its top-2 renormalises "
                 f"by itself); got score={score!r}, renormalize={renormalize!r}."
             )
+        if noise is not None and not isinstance(noise, nn.Module):
+            raise InputError(f"noise must be a module like KeyedNoise, or None; got {noise!r}.")
         self.dim, self.num_experts, self.top_k = dim, num_experts, top_k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity, self.use_rts = min_capacity, use_rts

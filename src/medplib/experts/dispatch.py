@@ -121,7 +121,7 @@ def _read_later(counts: Tensor) -> Callable[[], list[int]]:
     host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
     host.copy_(counts, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(counts.device))  # the current device may be another one
 
     def read() -> list[int]:
         done.synchronize()

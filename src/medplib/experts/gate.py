@@ -60,6 +60,7 @@ class TopKGate(nn.Module):
     scale          what all weights are multiplied with
     groups, top_groups, group_best   choose only among the experts of a token's best groups; see selection.py
     bias_rate, bias_update   balance the load by a bias instead of a loss; see bias.py. Not for the weights.
+                   Stands still while the gate is frozen.
     noise, noise_scale   in training only: "jitter" (the gate's input times 1 +- scale), "multiplicative" (the
                    logits times 1 +- scale) or "gumbel" (scale * Gumbel added to the logits). The last two
                    change the choice alone: weights and losses are those of the clean logits.
@@ -138,8 +139,9 @@ class TopKGate(nn.Module):
     def _choose(self, logits: Tensor) -> Tensor:
         """The K experts of each token, by logits (T, E) that may carry noise: (T, K)."""
         chosen_by = logits
+        balancing = self.bias is not None and self.training and self.weight.requires_grad
         if self.bias is not None:
-            if self.training:
+            if balancing:
                 self.bias.begin()
             chosen_by = self._scores(logits) + self.bias()  # (T, E)
         if self.groups > 1:
@@ -147,7 +149,7 @@ class TopKGate(nn.Module):
             allowed = in_best_groups(scores, self.groups, self.top_groups, self.group_best)
             chosen_by = chosen_by.masked_fill(~allowed, float("-inf"))
         experts = ops.choose_top_k(chosen_by, self.top_k)  # (T, K)
-        if self.bias is not None and self.training:
+        if balancing:
             self.bias.count(experts)
         return experts
 

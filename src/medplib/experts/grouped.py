@@ -320,7 +320,7 @@ def _takes(tokens: Tensor, kind: torch.dtype, layer: _Linear) -> bool:
 
 
 def _waits_for_nothing(tokens: Tensor, kind: torch.dtype, weight: Tensor) -> bool:
-    """Whether the host need not read how many rows each expert has."""
+    """Whether the host need not read how many rows each expert has: weight (..., H, D)."""
     if not tokens.is_cuda:
         return True
     if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape[-2:]):

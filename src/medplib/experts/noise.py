@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from medplib.errors import InputError
-from medplib.experts.context import is_recomputation
-
-_STEP = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
-_MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+from medplib.experts.recomputation import Past, is_recomputation
+from medplib.ops.reference.routing import GOLDEN, mix
 
 
 class KeyedNoise(nn.Module):
@@ -41,18 +39,33 @@ class KeyedNoise(nn.Module):
         elif isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"seed must be a whole number or None, got {seed!r}.")
         self.register_buffer("state", torch.tensor([seed % 2**62, 0]))  # key, draws so far
+        self._drawn = self._behind = 0  # draws of this process; how many before the latest one is in use
+        self._past: Past[int] = Past()
 
     def advance(self) -> None:
-        """Go to the next draw, unless this is a forward that gradient checkpointing repeats."""
-        self.state[1] += first_run(self.state)
+        """Go to the next draw; in a forward that gradient checkpointing repeats, to the one that it had.
+
+        A checkpoint around compiled code repeats the latest draw: run `backward` before the next forward.
+        """
+        if torch.compiler.is_compiling():
+            self.state[1] += first_run(self.state)
+            self._behind = 0
+        else:
+            draw = self._past.of_this_forward(self._next, keep=self.training)
+            self._behind = self._drawn - draw
+
+    def _next(self) -> int:
+        self.state[1] += 1
+        self._drawn += 1
+        return self._drawn
 
     def uniform(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """Float32 numbers above 0 and below 1, the same until `advance`. No host sync."""
-        count = math.prod(shape)
         state = self.state.to(device or self.state.device)
-        key = _mix(_mix(state[0]) + state[1] * _STEP)  # ()
-        bits = _mix(key + torch.arange(1, count + 1, device=state.device) * _STEP)  # (count,)
-        top = _shift(bits, 41).to(torch.float32)  # 23 bits, so that adding a half is exact
+        key = mix(state[0]) + (state[1] - self._behind) * GOLDEN  # ()
+        # An operator, since torch.compile for the CPU gives a wrong loop to products that wrap around.
+        bits = torch.ops.medplib.counter_bits(key, math.prod(shape))  # (count,) of 63 bits
+        top = (bits >> 40).to(torch.float32)  # 23 bits, so that adding a half is exact
         return ((top + 0.5) * 2.0**-23).reshape(tuple(shape))
 
     def gumbel(self, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
@@ -77,15 +90,3 @@ def _first_run(like: Tensor) -> Tensor:
 @_first_run.register_fake
 def _(like: Tensor) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
-
-
-def _mix(z: Tensor) -> Tensor:
-    """Hash 64-bit numbers; int64 products wrap around on every device."""
-    z = (z ^ _shift(z, 30)) * _MIX[0]
-    z = (z ^ _shift(z, 27)) * _MIX[1]
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, places: int) -> Tensor:
-    """Shift right, filling with zeros."""
-    return (z >> places) & ((1 << (64 - places)) - 1)

@@ -36,7 +36,6 @@ from medplib.experts.context import (
     Padding,
     current_mask,
     forced_choice,
-    is_recomputation,
     routing_mask,
     tell_observers,
     unknown_expert,
@@ -46,6 +45,7 @@ from medplib.experts.force import force_expert
 from medplib.experts.gate import Routing, TopKGate
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.packing import Packed, pack_experts
+from medplib.experts.recomputation import Past
 from medplib.registry import EXPERTS
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ class MoERouter(nn.Module):
         elif gate_args:
             raise InputError(f"gate_args go to a gate found by name; this one is a {type(gate).__name__}.")
         limited = capacity_factor is not None or eval_capacity_factor is not None
+        if drop != "position" and not limited:
+            raise InputError(f"drop={drop!r} drops nothing without a capacity; give capacity_factor.")
         if limited and parity is None and getattr(gate, "own_capacity", False):
             raise InputError(
                 f"{type(gate).__name__} has a capacity of its own; give none to the router (see gate_args)."
@@ -153,8 +155,7 @@ class MoERouter(nn.Module):
         if ours and pack and not any(parameter.is_meta for parameter in self.experts.parameters()):
             with contextlib.suppress(InputError):  # a kind of expert whose weights cannot lie together
                 self.pack()
-        # What surrounded the latest forward: the mask and a forced choice; see _surroundings.
-        self._latest: tuple[Padding | None, Choice | None] = (None, None)
+        self._past: Past[tuple[Padding | None, Choice | None]] = Past()  # see _surroundings
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -266,14 +267,9 @@ class MoERouter(nn.Module):
         Gradient checkpointing repeats a forward during `backward`, when the `with` blocks around it have
         ended; so they are remembered from the forward itself.
         """
-        if is_recomputation():
-            outer, choice = self._latest
-        else:
-            outer, choice = current_mask(), forced_choice(self)
-            if self.parity is not None:
-                outer = None
-            if self.training or torch.is_grad_enabled():
-                self._latest = (outer, choice)
+        outer, choice = self._past.of_this_forward(
+            lambda: (None if self.parity else current_mask(), forced_choice(self)), keep=self.training
+        )
         return (outer if mask is None else Padding(mask)), choice
 
     def init_expert(self, name: str, source: str | nn.Module) -> None:
@@ -331,7 +327,11 @@ class MoERouter(nn.Module):
         return force_expert(self, name)
 
     def freeze(self, *names: str) -> None:
-        """Stop training these experts (or "gate"): they keep their weights and lose their gradient."""
+        """Stop training these experts (or "gate"): they keep their weights and lose their gradient.
+
+        A frozen expert is in evaluation mode, so that running statistics stay too; a frozen gate keeps its
+        load bias.
+        """
         self._check_parts(names)
         self._require_grad(names, False)
 
@@ -361,6 +361,16 @@ class MoERouter(nn.Module):
                 parameter.requires_grad_(value)
                 if not value:
                     parameter.grad = None  # else an optimiser with momentum or weight decay would move it
+            if name != "gate":
+                self.experts[name].train(value and self.training)
+
+    def train(self, mode: bool = True) -> MoERouter:
+        """Like `nn.Module.train`, but a frozen expert stays in evaluation mode."""
+        super().train(mode)
+        for name in self.frozen:
+            if name != "gate":
+                self.experts[name].eval()
+        return self
 
     def _check_parts(self, names: tuple[str, ...]) -> None:
         if not names:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, is_number
 
 NOISE_SCALES = {"jitter": 0.01, "multiplicative": 0.01, "gumbel": 1.0}
 """The kinds of noise and their usual scale. Jitter is on the gate's input, the others on its logits."""
@@ -54,12 +54,12 @@ def check_selection(
     noise_scale: float | None,
 ) -> None:
     """Refuse groups that do not fit the experts, and noise that is not known."""
-    if groups < 1 or num_experts % groups:
+    if not isinstance(groups, int) or groups < 1 or num_experts % groups:
         raise InputError(f"groups must divide the {num_experts} experts evenly, got {groups}.")
     size = num_experts // groups
     if groups > 1 and top_groups is None:
         raise InputError(f"With groups={groups} say in top_groups how many of them a token may use.")
-    if top_groups is not None and not 1 <= top_groups <= groups:
+    if top_groups is not None and not (isinstance(top_groups, int) and 1 <= top_groups <= groups):
         raise InputError(
             f"top_groups must be between 1 and {groups} (the number of groups), got {top_groups}."
         )
@@ -67,11 +67,13 @@ def check_selection(
         raise InputError(
             f"{top_groups} groups of {size} experts hold fewer than top_k={top_k}; raise top_groups."
         )
-    if not 1 <= group_best <= size:
+    if not isinstance(group_best, int) or not 1 <= group_best <= size:
         raise InputError(f"group_best must be between 1 and {size} (the size of a group), got {group_best}.")
     if noise is not None and noise not in NOISE_SCALES:
         raise InputError(f"noise must be one of {', '.join(NOISE_SCALES)} or None, got {noise!r}.")
-    if noise_scale is not None and not noise_scale > 0:
-        raise InputError(f"noise_scale must be above 0, got {noise_scale!r}.")
+    if noise_scale is not None and not (is_number(noise_scale) and noise_scale > 0):
+        raise InputError(f"noise_scale must be a finite number above 0, got {noise_scale!r}.")
+    if noise_scale is not None and noise is None:
+        raise InputError(f"noise_scale={noise_scale!r} scales nothing without noise; give noise.")
     if noise in ("jitter", "multiplicative") and noise_scale is not None and noise_scale >= 1:
         raise InputError(f"noise_scale of {noise} must be below 1, got {noise_scale!r}.")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from medplib import ops
 from medplib.errors import InputError
-from medplib.experts.context import is_recomputation, named_routers
+from medplib.experts.context import named_routers
+from medplib.experts.recomputation import is_recomputation
 
 if TYPE_CHECKING:
     from medplib.experts.gate import Routing

@@ -79,6 +79,8 @@ def check_source(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of the expert and of what it is to start from, if they fit."""
     target = router.experts[router.names[router.index_of(name)]].state_dict()
+    if source is router.experts[name] or source == name:
+        raise InputError(f"The expert '{name}' cannot start from itself.")
     origin = router.experts[router.names[router.index_of(source)]] if isinstance(source, str) else source
     values = origin.state_dict()
     shapes = [{key: tuple(tensor.shape) for key, tensor in table.items()} for table in (target, values)]

@@ -51,15 +51,28 @@ def build(device: str, *, strict: bool = False, folder: Path | None = None) -> P
     architectures = cuda_architectures(strict) if device == "cuda" else ""
     folder = folder or cache_folder()
     path = folder / _name(device, architectures, strict)
-    if path.is_file():
+    if is_whole(path):
         return path
     command = compile_command(device, architectures, strict)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
-        if not path.is_file():
+        if not is_whole(path):
             _sweep(folder)
             _compile(command, path)
+            path.with_suffix(".sha256").write_text(_sum(path))
     return path
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a library is there as it was compiled; loading one that was cut short can end the process."""
+    try:
+        return path.with_suffix(".sha256").read_text() == _sum(path)
+    except (OSError, ValueError):
+        return False
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def build_to(device: str, path: Path) -> None:
@@ -75,7 +88,7 @@ def cached(device: str) -> Path | None:
     except BuildError:
         return None
     path = cache_folder() / _name(device, architectures)
-    return path if path.is_file() else None
+    return path if is_whole(path) else None
 
 
 def prebuilt(device: str) -> Path | None:

@@ -8,6 +8,7 @@ counts must be equal, sums within a tolerance. T tokens, D width, H hidden width
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def try_once(device: str, library: Path, folder: Path) -> None:
     if mark.is_file():
         return
     command = [sys.executable, "-m", "medplib.ops._trial", device, str(library)]
-    environment = {**os.environ, "MEDPLIB_OPS": "off"}
+    environment = {**os.environ, "MEDPLIB_OPS": "off", "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
@@ -40,8 +41,9 @@ def try_once(device: str, library: Path, folder: Path) -> None:
     if done.returncode:
         said = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1:]
         raise TrialError(f"the compiled kernels failed when tried: {' '.join(said) or done.returncode}")
-    folder.mkdir(parents=True, exist_ok=True)
-    mark.touch()
+    with contextlib.suppress(OSError):  # where nothing can be written, the next process tries it again
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def differences(device: str) -> Iterator[str]:

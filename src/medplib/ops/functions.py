@@ -69,8 +69,13 @@ def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
             f"gate_logits needs tokens (T, D) and weight (E, D), got {tuple(tokens.shape)} and "
             f"{tuple(weight.shape)}."
         )
-    if not _loader.loaded(tokens.device.type):  # autograd then skips, and FLOP counters see, each product
-        return reference.gate_logits(tokens, weight)
+    device = tokens.device.type
+    if not (_loader.loaded(device) or (device == "cuda" and _loader.may_load(device))):
+        return reference.gate_logits(tokens, weight)  # autograd then skips, FLOP counters see, each product
+    if weight.dtype != tokens.dtype:  # a kernel takes one type, or 16-bit tokens and a float32 weight
+        precise = reference.precise_type(tokens, weight)
+        weight = weight.to(precise)
+        tokens = tokens.to(precise) if precise == torch.float64 else tokens
     return torch.ops.medplib.gate_logits(tokens, weight)
 
 
@@ -134,6 +139,10 @@ def choose_top_k(logits: Tensor, k: int) -> Tensor:
 
     logits (T, E) -> (T, K) int64.
     """
+    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+        raise InputError(
+            f"choose_top_k needs logits (T, E) and k between 1 and E, got {tuple(logits.shape)} and {k}."
+        )
     return reference.choose_top_k(logits, k)
 
 
@@ -232,9 +241,10 @@ def permute(tokens: Tensor, order: Tensor, k: int, position: Tensor | None = Non
 
     A row whose order is -1 is all zeros. `position` (T, K), as `plan` returns it, saves its computation.
     """
-    if tokens.ndim != 2 or order.ndim != 1:
+    if tokens.ndim != 2 or order.ndim != 1 or k < 1:
         raise InputError(
-            f"permute needs tokens (T, D) and order (R,), got {tuple(tokens.shape)} and {tuple(order.shape)}."
+            f"permute needs tokens (T, D), order (R,) and k of at least 1, got {tuple(tokens.shape)}, "
+            f"{tuple(order.shape)} and {k}."
         )
     return _operator("permute", tokens, order, position, k)
 
@@ -261,7 +271,7 @@ def combine(
             f"residual must be {(weights.shape[0], rows.shape[1])}, got {tuple(residual.shape)}."
         )
     position = invert(order, *weights.shape) if position is None else position
-    weights = weights.to(reference.precise_type(rows, weights))
+    weights = weights.to(reference.precise_type(rows))
     residual = None if residual is None else residual.to(rows.dtype)
     return _operator("combine", rows, order, position, weights, residual)
 
@@ -326,7 +336,7 @@ def decode_ffn(
             f"decode_ffn needs one type, got tokens {tokens.dtype}, gate_up {gate_up.dtype} and down "
             f"{down.dtype}."
         )
-    weights = weights.to(reference.precise_type(tokens, weights))
+    weights = weights.to(reference.precise_type(tokens))
     residual = None if residual is None else residual.to(tokens.dtype)
     return _operator("decode_ffn", tokens, experts.to(torch.int64), weights, gate_up, down, residual)
 

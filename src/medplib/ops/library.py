@@ -28,7 +28,7 @@ SCHEMAS = {
     "gate_backward": "(Tensor? grad_probabilities, Tensor? grad_weights, Tensor probabilities, "
     "Tensor experts, bool sigmoid, bool renormalize) -> Tensor",
     "plan": "(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
-    "counter_bits": "(Tensor seed, int count) -> Tensor",
+    "counter_bits": "(Tensor seed, SymInt count) -> Tensor",
     "drop": "(Tensor experts, Tensor? priority, Tensor? seed, int num_experts, int capacity) -> Tensor",
     "permute": "(Tensor tokens, Tensor order, Tensor? position, int k) -> Tensor",
     "permute_backward": "(Tensor grad, Tensor position) -> Tensor",

@@ -14,6 +14,7 @@
 namespace medplib {
 
 inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // else the next launch would report it again
   STD_TORCH_CHECK(error == cudaSuccess, "medplib: ", what, ": ", cudaGetErrorString(error));
 }
 

@@ -147,12 +147,12 @@ def counter_bits(seed: Tensor, count: int) -> Tensor:
     The counter is the assignment's number, so that any device, any number of threads and a recomputation
     draw the same.
     """
-    key = _mix(seed.reshape(()))
+    key = mix(seed.reshape(()))
     counters = torch.arange(1, count + 1, device=seed.device)  # (count,)
-    return _shift(_mix(key + counters * GOLDEN), 1)
+    return _shift(mix(key + counters * GOLDEN), 1)
 
 
-def _mix(bits: Tensor) -> Tensor:
+def mix(bits: Tensor) -> Tensor:
     """The finalizer of splitmix64, on int64 that wrap around."""
     bits = (bits ^ _shift(bits, 30)) * MIX_1
     bits = (bits ^ _shift(bits, 27)) * MIX_2
