@@ -232,7 +232,9 @@ class Asked:
 
     def __init__(self, root, hosts=frozenset({"127.0.0.1"})):
         self.root = root
-        self.guard = Guard(self.app, root=root, hosts=hosts, events={0: (is_upload(root),), 1: (is_text,), 2: ()})
+        self.guard = Guard(
+            self.app, root=root, hosts=hosts, events={0: (is_upload(root),), 1: (is_text,), 2: ()}
+        )
         self.seen = None
 
     async def app(self, scope, receive, send):
@@ -304,7 +306,14 @@ def test_files_of_the_sessions_are_shown_and_no_others(asked):
 
 def test_what_gradio_offers_beyond_the_page_is_not_there(asked):
     rest = "proxy=http://x file/etc/passwd call/ask run/ask api/ask component_server vibe-edit vibe-code runs"
-    for path in (*rest.split(), "process_recording", "deep_link", "login", "openapi.json", "stream/a/b/c/d.ts"):
+    for path in (
+        *rest.split(),
+        "process_recording",
+        "deep_link",
+        "login",
+        "openapi.json",
+        "stream/a/b/c/d.ts",
+    ):
         for method in ("GET", "POST"):
             assert asked(method, f"/gradio_api/{path}") == 404
     assert asked("GET", "/monitoring") == 404
@@ -332,7 +341,9 @@ def test_events_take_their_own_values_alone(asked):
         assert asked("POST", "/gradio_api/queue/join", body) == 400
     wrong = [{"fn_index": i} for i in (9, -1, "1", None, True, 1.0, [])]
     wrong += [{"session_hash": key} for key in (None, "", "a/b", "../x", 3, "x" * 65)]
-    wrong += [{"data": data} for data in (None, "x", {}, [], [1], [None], ["a", "b"], [["a"]], [{"path": "x"}])]
+    wrong += [
+        {"data": data} for data in (None, "x", {}, [], [1], [None], ["a", "b"], [["a"]], [{"path": "x"}])
+    ]
     assert [event for event in wrong if asked.event(**event) != 422] == []
     own = {"path": str(asked.root / "hash" / "upload.png"), "meta": {"_type": "gradio.FileData"}}
     assert asked.event(fn_index=0, data=[own]) == 200

@@ -50,7 +50,9 @@ def demo(
         with serving(loaded, host, port) as address:
             if not is_local(host):
                 shown = printable(host)
-                typer.echo(f"Everybody who can reach {shown} over the network can use this; there is no log-in.")
+                typer.echo(
+                    f"Everybody who can reach {shown} over the network can use this; there is no log-in."
+                )
             typer.echo(f"{address} (end with Ctrl-C)\n{NOTICE}")
             try:
                 threading.Event().wait()

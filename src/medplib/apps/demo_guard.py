@@ -1,4 +1,4 @@
-"""What a request to the demo may ask for: a layer in front of gradio, which offers far more than the page uses.
+"""What a request to the demo may ask for: a layer before gradio, which offers far more than the page uses.
 
 It lets the page's own routes pass, files of the sessions, and events whose data is what the event takes;
 nothing in a request makes the server fetch an address or read another file. The browser is told to load

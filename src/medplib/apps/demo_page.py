@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import getproxies
 
 import gradio as gr
 import typer
@@ -23,7 +24,7 @@ from medplib.apps.terminal import NOTICE, printable
 from medplib.errors import InputError, MedPLIBError, is_number
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-_SETTINGS = {  # of gradio, as environment: some versions know them in no other way, and some take them from it
+_SETTINGS = {  # of gradio; not every version takes them as arguments
     "GRADIO_ANALYTICS_ENABLED": "False",
     "GRADIO_RUN_HISTORY": "False",
     "GRADIO_SHARE": "False",
@@ -52,7 +53,9 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
     """
     with tempfile.TemporaryDirectory(prefix="medplib-demo-", ignore_cleanup_errors=True) as folder:
         root = Path(folder).resolve()
-        with _environment(_SETTINGS | {"GRADIO_TEMP_DIR": str(root), "GRADIO_EXAMPLES_CACHE": str(root)}):
+        direct = ",".join([*filter(None, [getproxies().get("no")]), host, "127.0.0.1", "localhost"])
+        places = {"GRADIO_TEMP_DIR": str(root), "GRADIO_EXAMPLES_CACHE": str(root), "no_proxy": direct}
+        with _environment(_SETTINGS | places):  # gradio asks the server whether it is there, but no proxy
             page, checks = make_page(Sessions(model, root), root)
             guard = Middleware(
                 Guard, root=root, hosts=_LOCAL | {host} if is_local(host) else None, events=checks
@@ -66,8 +69,8 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
                 )  # fmt: skip
             except OSError as error:
                 raise InputError(
-                    f"--host {host} --port {port} cannot be used: another program has the port, or this machine "
-                    "has no such address. Choose another --port."
+                    f"--host {host} --port {port} cannot be used: another program has the port, or this "
+                    "machine has no such address. Choose another --port."
                 ) from error
             try:
                 yield address
@@ -78,10 +81,10 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
 def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tuple]]:
     """The page, and by the number of each of its events the checks of what may be sent to it."""
     with gr.Blocks(title="medplib", analytics_enabled=False) as page:
-        gr.Markdown(f"## medplib\n**{NOTICE}** What you open stays on this machine until you close the page.")
+        gr.Markdown(f"## medplib\n**{NOTICE}** What you open is deleted when you close the page.")
         with gr.Row():
             with gr.Column():
-                upload = gr.File(label="Image: PNG, JPEG, TIFF, DICOM, or a NIfTI volume", height=120)
+                upload = gr.File(label="Image: PNG, JPEG, TIFF, DICOM, or a NIfTI volume", height=150)
                 picture = gr.Image(
                     label="Picture: click to point", interactive=False, format="png", buttons=["fullscreen"]
                 )
@@ -162,6 +165,9 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
 
         def on_leave(request: gr.Request) -> None:
             sessions.close(str(request.session_hash))
+            page.app.state_holder.session_data.pop(
+                request.session_hash, None
+            )  # gradio's own, kept for an hour
 
         one = {"preprocess": False, "concurrency_id": "one", "concurrency_limit": 1}  # checked by the guard
         upload.upload(
@@ -171,7 +177,7 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
         picture.select(on_click, kind, shown, api_name="click", show_progress="hidden", **one)
         forget.click(on_forget, None, shown, api_name="forget", **one)
         gr.on([ask.click, question.submit], on_ask, question, [*shown, *said], api_name="ask", **one)
-        new.click(on_new, None, [*shown, *said], api_name="new", **one)
+        gr.on([new.click, turns.clear], on_new, None, [*shown, *said], api_name="new", **one)
         page.unload(on_leave)
     page.queue(max_size=32, default_concurrency_limit=1)
     kinds = {"open": (is_upload(root),), "slice": (is_number,), "click": (is_text,), "ask": (is_text,)}
@@ -183,7 +189,10 @@ def _told(sessions: Sessions, request: gr.Request) -> Iterator[Session]:
     """The session of a request. What goes wrong inside becomes one line on the page, without paths."""
     folder = sessions.root
     try:
-        with sessions.using(str(request.session_hash)) as session, warnings.catch_warnings(record=True) as notes:
+        with (
+            sessions.using(str(request.session_hash)) as session,
+            warnings.catch_warnings(record=True) as notes,
+        ):
             warnings.simplefilter("always", UserWarning)
             folder = session.folder
             yield session

@@ -193,7 +193,7 @@ class Session:
 
 
 def _reader(path: Path) -> tuple[Callable[[int], np.ndarray], int, int]:
-    """What reads a slice into a picture, how many slices there are, which is shown first. Needs no file later."""
+    """What reads a slice into a picture (without the file), how many slices, and which is shown first."""
     from medplib.io.images import from_file, is_dicom, load_image
 
     if path.name.endswith((".nii", ".nii.gz")):
@@ -229,7 +229,9 @@ def _volume(path: Path) -> Any:
         )
     try:
         volume = load_volume(path)
-        return dataclasses.replace(volume, values=np.array(volume.values))  # which may be mapped from the file
+        return dataclasses.replace(
+            volume, values=np.array(volume.values)
+        )  # which may be mapped from the file
     finally:
         forget_volumes()
 
