@@ -163,6 +163,7 @@ def test_a_conversation_end_to_end(server):
     _, places = browser.event("click", "point", event_data={"index": [80, 130], "value": None})["data"]
     assert places.endswith("For the next question: point 80 130.")
     _, _, turns, _, findings, *_ = browser.event("ask", "What is in <region>?")["data"]
+    assert turns[-2]["content"][0]["text"] == "What is in &lt;region&gt;?"
     assert turns[-1]["content"][0]["text"] == "This is the right lung."
     assert len(turns) == 4
     _, _, turns, overlay, findings, *_ = browser.event("new")["data"]

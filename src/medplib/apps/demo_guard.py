@@ -128,6 +128,7 @@ class Guard:
 
 
 def is_text(value: Any) -> bool:
+    """The check of a text."""
     return isinstance(value, str)
 
 

@@ -62,10 +62,11 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
             )
             try:
                 _, address, _ = page.launch(
-                    server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, inline=False,
-                    inbrowser=False, share=False, show_error=False, allowed_paths=[], ssr_mode=False,
-                    max_file_size=MAX_UPLOAD, state_session_capacity=8, pwa=False, footer_links=[],
-                    enable_monitoring=False, app_kwargs={"middleware": [guard]}, theme=_theme(),
+                    server_name=f"[{host}]" if ":" in host else host, server_port=port,
+                    prevent_thread_lock=True, quiet=True, inline=False, inbrowser=False, share=False,
+                    show_error=False, allowed_paths=[], ssr_mode=False, max_file_size=MAX_UPLOAD,
+                    state_session_capacity=8, pwa=False, footer_links=[], enable_monitoring=False,
+                    app_kwargs={"middleware": [guard]}, theme=_theme(),
                 )  # fmt: skip
             except OSError as error:
                 raise InputError(
@@ -116,7 +117,10 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
 
         def answer_of(session: Session) -> list[Any]:
             talk = [
-                {"role": role, "content": text}
+                {
+                    "role": role,
+                    "content": html.escape(text, quote=False),
+                }  # the chat shows tags as what they do
                 for turn in session.turns
                 for role, text in zip(("user", "assistant"), turn, strict=True)
             ]
