@@ -23,6 +23,7 @@ HEAVY = (
     "tokenizers",
     "pydicom",
     "highdicom",
+    "gradio",
 )
 
 

@@ -13,6 +13,7 @@ import typer
 
 from medplib.apps.chat import chat
 from medplib.apps.data_cli import data
+from medplib.apps.demo import demo
 from medplib.apps.evaluate_cli import compare, evaluate
 from medplib.apps.models import (
     Device,
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(data, name="data")
 app.command()(train)
 app.command()(chat)
+app.command()(demo)
 app.command()(evaluate)
 app.command()(compare)
 

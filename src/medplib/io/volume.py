@@ -153,6 +153,11 @@ def load_volume(
     return _volume(*_read_at(path), os.fspath(path), window)
 
 
+def forget_volumes() -> None:
+    """Drop the NIfTI files that `load_volume` keeps in memory."""
+    _read.cache_clear()
+
+
 def volume_of(
     values: np.ndarray, affine: np.ndarray, name: str, window: tuple[float, float] | None = None
 ) -> Volume:
