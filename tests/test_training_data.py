@@ -9,6 +9,7 @@ from test_readers import png, put, talk, write_csv, write_parquet
 from training_run import records
 
 from medplib.data.files import File, Held, ImageFile
+from medplib.data.questions import FOLLOW_UP_QUESTIONS, QuestionMaker
 from medplib.data.record import TASKS, Record
 from medplib.data.recordset import fingerprint
 from medplib.errors import InputError
@@ -147,6 +148,33 @@ def test_mini_questions_are_keyed_and_share_their_picture(mini):
     assert set(tasks) == set(TASKS)
 
 
+def test_mini_questions_follow_one_another_in_conversations():
+    tasks = {"modality": 0.1, "region": 0.3, "grounding": 0.3, "absent": 0.2, "several": 0.1}
+    source = MiniQuestions(per_image=6, turns=4, tasks=tasks)
+    drawn = [source.draw(7, 0, index) for index in range(12)]
+    talks = [talk for image in drawn for talk in image]
+    assert all(sum(len(talk.turns) for talk in image) == 6 for image in drawn)
+    assert {len(talk.turns) for talk in talks} == {1, 2, 3, 4}
+    assert all(one.images == image[0].images for image in drawn for one in image)
+    short = ("And the", "Now", "What about", "Also", "Please mark")
+    assert any(question.startswith(short) for talk in talks for question, _ in talk.turns[1:])
+    assert not any(talk.turns[0][0].startswith(short) for talk in talks)
+    again = MiniQuestions(per_image=6, turns=4, tasks=tasks).draw(7, 0, 3)
+    assert [talk.turns for talk in again] == [talk.turns for talk in drawn[3]]
+
+
+def test_a_follow_up_is_shorter_only_after_a_question_that_asked_to_draw():
+    maker, rng = QuestionMaker({"liver": {"a"}, "spleen": {"a"}}), np.random.default_rng(0)
+    mask = np.ones((4, 4), bool)
+    liver, spleen = (maker.grounding(rng, name, mask, "CT") for name in ("liver", "spleen"))
+    modality = maker.modality(rng, "CT")
+    short = maker.follow_up(rng, spleen, liver)
+    assert short.question in {t.format(s="spleen") for t in FOLLOW_UP_QUESTIONS}
+    assert (short.answer, short.masks) == (spleen.answer, spleen.masks)
+    assert maker.follow_up(rng, spleen, modality) is spleen
+    assert maker.follow_up(rng, modality, liver) is modality
+
+
 def test_the_fingerprint_follows_the_records(mini):
     assert fingerprint(records(6)) == fingerprint(records(6))
     assert fingerprint(records(6)) != fingerprint(records(7))
@@ -172,6 +200,7 @@ def test_sources_that_cannot_be_opened_name_the_setting():
         ({"weights": {"ChestCT": 0}}, "must be shares from 0"),
         ({"per_image": "x"}, "The mini set: per_image must be a whole number, got 'x'"),
         ({"per_image": True}, "must be a whole number, got True"),
+        ({"turns": 0}, "turns of the mini set must be at least 1, got 0"),
         ({"per_epoch": -3}, "per_epoch of the mini set must be at least 1, got -3"),
         ({"table": "x"}, "The mini set: table must be a number, got 'x'"),
         ({"removal": 2}, "removal of the mini set must be between 0 and 1, got 2"),
