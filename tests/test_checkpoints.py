@@ -409,3 +409,19 @@ def test_another_model_than_the_published_cannot_be_exported(tiny_model, tmp_pat
     with pytest.raises(InputError, match=r"vision\.tower"):
         export_official(tiny_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"attention_bias": True}, r"text_config\.attention_bias is True, needed False"),
+        ({"mlp_bias": True}, r"text_config\.mlp_bias is True, needed False"),
+        ({"head_dim": 16}, r"text_config\.head_dim is 16, needed 8"),
+    ],
+)
+def test_a_language_model_that_the_published_layout_cannot_tell_of_is_refused(
+    new_model, tmp_path, text, message
+):
+    with pytest.raises(InputError, match=message):
+        export_official(new_model(text=text, moe=None), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -119,9 +119,13 @@ def official_content(model: MedPLIB) -> dict[str, Any]:
 
 
 def _check(model: MedPLIB, folder: Path) -> None:
-    config = model.config
+    config, text = model.config, model.config.text_config
+    width = text.hidden_size // text.num_attention_heads
     names = {
-        "text_config.model_type": (config.text_config.model_type, "llama"),
+        "text_config.model_type": (text.model_type, "llama"),
+        "text_config.attention_bias": (getattr(text, "attention_bias", False), False),
+        "text_config.mlp_bias": (getattr(text, "mlp_bias", False), False),
+        "text_config.head_dim": (getattr(text, "head_dim", None) or width, width),
         "vision.tower": (config.vision.tower.name, "clip"),
         "vision.projector": (config.vision.projector.name, "mlp2x_gelu"),
         "region.pooler": (config.region.pooler.name, "mean"),
