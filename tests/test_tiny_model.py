@@ -35,3 +35,17 @@ def test_tiny_model_outlines_the_right_lung_says_what_is_absent_and_names_the_mo
 def test_structures_asked_for_together_are_all_drawn(model, names):
     answer = model.segment(CHEST_CT, names)
     assert [finding.label for finding in answer.findings] == list(names), answer.text
+
+
+def test_a_conversation_goes_on(model):
+    asked = [
+        ("Is there a bone in this image?", "Yes, there is bone."),
+        ("Segment the optic disc.", "There is no optic disc in this image."),
+        ("And the body?", "Here is the body."),
+        ("Which imaging modality is this?", "This is a CT image."),
+    ]
+    before = CHEST_CT
+    for question, expected in asked:
+        before = model.ask(before, question)
+        assert before.text == expected
+    assert len(before.history) == 4

@@ -148,7 +148,17 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
     model = rehearsal.train()
     out = rehearsal.out
     assert model.config.moe.experts == ["grounding", "vqa"]
-    stages = ("align", "vqa", "grounding", "mixture", "absence", "settle", "several", "conversations")
+    stages = (
+        "align",
+        "vqa",
+        "grounding",
+        "mixture",
+        "absence",
+        "settle",
+        "several",
+        "conversations",
+        "balance",
+    )
     weights = {name: load_file(out / name / "model" / "model.safetensors") for name in stages}
     weights["words"] = load_file(out / "words" / "model.safetensors")
 
@@ -168,13 +178,13 @@ def test_the_whole_recipe_runs_and_keeps_closed_parts_bit_identical(rehearsal):
     assert moved("absence", "settle", "mask_encoder.")
     for closed in ("language_model.", "projector.", "vision_tower.", "prompt_encoder."):
         assert not moved("absence", "settle", closed)
-    for before, after in [("settle", "several"), ("several", "conversations")]:
+    for before, after in [("settle", "several"), ("several", "conversations"), ("conversations", "balance")]:
         assert moved(before, after, "language_model.")
         for closed in ("mask_encoder.", "mask_decoder.", "seg_projector.", "projector.", "vision_tower."):
             assert not moved(before, after, closed)
     released = load_file(out / "final" / "model.safetensors")
     assert {t.dtype for t in released.values() if t.is_floating_point()} == {torch.float16}
-    assert all(torch.equal(released[k], v.to(released[k].dtype)) for k, v in weights["conversations"].items())
+    assert all(torch.equal(released[k], v.to(released[k].dtype)) for k, v in weights["balance"].items())
 
     times = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     again = rehearsal.train()  # what is finished is not done again
