@@ -89,6 +89,8 @@ def test_yes_and_no_are_heard(answer, said):
 def test_closed_answers_agree_by_yes_and_no_or_by_their_words():
     assert agrees("Yes, it is.", "yes")
     assert not agrees("No.", "yes")
+    assert agrees("There is no lesion.", "No, it shows no lesion.")
+    assert not agrees("There is a lesion.", "No, it shows no lesion.")
     assert agrees("the left side", "Left side")
     assert not agrees("left or right", "left")
 
@@ -417,6 +419,9 @@ def test_the_page_runs(here, capsys):
     for line in commands.splitlines():
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, done.output
+    assert re.search(
+        r"grounding +dice +0\.\d+ +0\.\d+ +[+-]0\.\d+ +[+-]0\.\d+ to [+-]0\.\d+ +40", done.output
+    )
     (code,) = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
     names = {}
     exec(compile(code, "evaluation.md", "exec"), names)

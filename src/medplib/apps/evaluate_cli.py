@@ -106,9 +106,7 @@ def _show_differences(differences: list[Difference]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "question", "figure", "first", "second", "difference", "95 %", "n", "cases", highlight=False
-    )
+    table = Table("question", "figure", "first", "second", "difference", "95 %", "n", box=None)
     for one in differences:
         change = one.difference
         between = "" if change.low is None else f"{change.low:+.4f} to {change.high:+.4f}"

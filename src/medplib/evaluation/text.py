@@ -48,10 +48,11 @@ def yes_or_no(text: str) -> str | None:
 
 
 def agrees(answer: str, reference: str) -> bool:
-    """Whether an answer to a closed question is right: the same yes or no, else the same words."""
+    """Whether an answer to a closed question is right: the same yes or no, where the reference begins with
+    one, else the same words."""
     wanted = normalize(reference)
-    if wanted in ("yes", "no"):
-        return yes_or_no(answer) == wanted
+    if wanted.split()[:1] in (["yes"], ["no"]):
+        return yes_or_no(answer) == wanted.split()[0]
     return normalize(answer) == wanted
 
 
