@@ -219,6 +219,23 @@ class AnsweringMixin:
         return Answer(text, findings, images, question, prompts, self.identity(), seed, history)
 
 
+def answer_each(
+    model: Any, samples: Sequence[Sample], errors: type[Exception] = Exception, **options: Any
+) -> list[Answer | Exception]:
+    """The answer to each sample, or what of `errors` went wrong with it; options are those of `answer`.
+
+    A batch that fails is taken apart, so that only the sample that fails alone has no answer.
+    """
+    if not samples:
+        return []
+    try:
+        return model.answer(samples, **options)
+    except errors as error:
+        if len(samples) == 1:
+            return [error]
+    return [answer_each(model, [sample], errors, **options)[0] for sample in samples]
+
+
 def _turns_to_go_on_from(sample: Sample, written: str) -> tuple[tuple[str, str], ...]:
     """The turns with the new answer; each prompt has its <region>, and a <region> without one is a word."""
     turns = [*sample.turns[:-1], (sample.turns[-1][0], written)]

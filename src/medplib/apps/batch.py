@@ -177,20 +177,11 @@ def answer_jobs(
 def _answered(
     model: Any, jobs: list[tuple[Job, Sample | Exception]], options: dict[str, Any]
 ) -> Iterator[tuple[Job, Answer | Exception]]:
-    answers = iter(_answer_together(model, [s for _, s in jobs if not isinstance(s, Exception)], options))
+    from medplib.answering import answer_each
+
+    answers = iter(answer_each(model, [s for _, s in jobs if not isinstance(s, Exception)], **options))
     for job, made in jobs:
         yield job, made if isinstance(made, Exception) else next(answers)
-
-
-def _answer_together(model: Any, samples: list[Sample], options: dict[str, Any]) -> list[Answer | Exception]:
-    if not samples:
-        return []
-    try:
-        return model.answer(samples, **options)
-    except Exception as error:  # reported in the result
-        if len(samples) == 1:
-            return [error]
-    return [_answer_together(model, [sample], options)[0] for sample in samples]
 
 
 def run_batch(

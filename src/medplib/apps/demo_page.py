@@ -112,23 +112,6 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
         shown = [picture, places]
         said = [turns, overlay, findings, files, question]
 
-        def picture_of(session: Session) -> list[Any]:
-            return [str(session.save_picture()), _places_of(session)]
-
-        def answer_of(session: Session) -> list[Any]:
-            talk = [
-                {
-                    "role": role,
-                    "content": html.escape(text, quote=False),
-                }  # the chat shows tags as what they do
-                for turn in session.turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ]
-            if session.answer is None:
-                return [talk, None, [], gr.update(value=None, interactive=False), ""]
-            zipped = gr.update(value=str(session.save_files()), interactive=True)
-            return [talk, str(session.save_overlay()), session.findings(), zipped, ""]
-
         def on_open(file: Any, request: gr.Request) -> list[Any]:
             path = Path(file["path"])
             with _told(sessions, request) as session:
@@ -140,38 +123,37 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
                 slices = gr.update(
                     visible=session.slices > 1, maximum=max(1, session.slices - 1), value=session.slice
                 )
-                return [None, slices, *picture_of(session), *answer_of(session)]
+                return [None, slices, *_shown(session), *_said(session)]
 
         def on_slice(number: Any, request: gr.Request) -> list[Any]:
             with _told(sessions, request) as session:
                 session.turn_to(number)
-                return [*picture_of(session), *answer_of(session)]
+                return [*_shown(session), *_said(session)]
 
         def on_click(kind: str, event: gr.EventData, request: gr.Request) -> list[Any]:
             with _told(sessions, request) as session:
                 session.click(*_place_of(event), kind)
-                return picture_of(session)
+                return _shown(session)
 
         def on_forget(request: gr.Request) -> list[Any]:
             with _told(sessions, request) as session:
                 session.forget_places()
-                return picture_of(session)
+                return _shown(session)
 
         def on_ask(question: str, request: gr.Request) -> list[Any]:
             with _told(sessions, request) as session:
                 session.ask(question)
-                return [*picture_of(session), *answer_of(session)]
+                return [*_shown(session), *_said(session)]
 
         def on_new(request: gr.Request) -> list[Any]:
             with _told(sessions, request) as session:
                 session.begin_again()
-                return [*picture_of(session), *answer_of(session)]
+                return [*_shown(session), *_said(session)]
 
         def on_leave(request: gr.Request) -> None:
             sessions.close(str(request.session_hash))
-            page.app.state_holder.session_data.pop(
-                request.session_hash, None
-            )  # gradio's own, kept for an hour
+            held = page.app.state_holder.session_data  # gradio's own, which it would keep for an hour
+            held.pop(request.session_hash, None)
 
         one = {"preprocess": False, "concurrency_id": "one", "concurrency_limit": 1}  # checked by the guard
         upload.upload(
@@ -186,6 +168,24 @@ def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tupl
     page.queue(max_size=32, default_concurrency_limit=1)
     kinds = {"open": (is_upload(root),), "slice": (is_number,), "click": (is_text,), "ask": (is_text,)}
     return page, {number: kinds.get(str(event.api_name), ()) for number, event in page.fns.items()}
+
+
+def _shown(session: Session) -> list[Any]:
+    """What the picture and the line about it show."""
+    return [str(session.save_picture()), _places_of(session)]
+
+
+def _said(session: Session) -> list[Any]:
+    """What the conversation, the overlay, the table, the download and the field of the question show."""
+    talk = [
+        {"role": role, "content": html.escape(text, quote=False)}  # the chat shows tags as what they do
+        for turn in session.turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    if session.answer is None:
+        return [talk, None, [], gr.update(value=None, interactive=False), ""]
+    zipped = gr.update(value=str(session.save_files()), interactive=True)
+    return [talk, str(session.save_overlay()), session.findings(), zipped, ""]
 
 
 @contextmanager

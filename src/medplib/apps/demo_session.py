@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 KINDS = ("point", "box (two clicks)")
 MAX_VOXELS = 1 << 28  # of a volume, here; twice 512 x 512 x 512
-MAX_QUESTION = 10_000  # characters
 SESSIONS = "sessions"  # the folder of their folders, beside the uploads
 _KEPT = 4  # files of a kind: a browser may still be fetching the one before
 
@@ -115,8 +114,6 @@ class Session:
         picture = self._open_picture()
         if not isinstance(question, str) or not question.strip():
             raise InputError("The question is empty. Write one, for example: Segment the right lung.")
-        if len(question) > MAX_QUESTION:
-            raise InputError(f"The question has {len(question)} characters; at most {MAX_QUESTION} are read.")
         before = picture if self.answer is None else self.answer
         answer = self.model.ask(before, question.strip(), self.places)
         self.answer = answer

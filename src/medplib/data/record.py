@@ -95,19 +95,19 @@ class Record:
         """uint8 (H, W, 3) each. Raises InputError, naming the file."""
         return [image.load() for image in self.images]
 
-    def load_masks(self, size: tuple[int, int]) -> list[np.ndarray]:
-        """bool (H, W) for each `<SEG>`; `size` (H, W) is the last image's.
+    def load_masks(self, size: tuple[int, int], which: slice = slice(None)) -> list[np.ndarray]:
+        """bool (H, W) for each `<SEG>`, or for `which` of them; `size` (H, W) is the last image's.
 
         A mask of another size is resized by nearest neighbour, as the published training does; `medplib data
         check` lists them.
         """
-        return [fit_mask(mask.load(), size) for mask in self.masks]
+        return [fit_mask(mask.load(), size) for mask in self.masks[which]]
 
-    def load_regions(self, size: tuple[int, int]) -> list[Point | Box | Mask]:
-        """The regions as prompts for the processor; `size` (H, W) is the last image's."""
+    def load_regions(self, size: tuple[int, int], which: slice = slice(None)) -> list[Point | Box | Mask]:
+        """The regions, or `which` of them, as prompts of the processor; `size` (H, W) is the last image's."""
         return [
             region if isinstance(region, Point | Box) else Mask(fit_mask(region.load(), size))
-            for region in self.regions
+            for region in self.regions[which]
         ]
 
     def to_sample(self) -> Any:

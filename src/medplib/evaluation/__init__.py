@@ -3,7 +3,7 @@
 Names load on first use.
 """
 
-from importlib import import_module
+from medplib.lazy import lazily
 
 _WHERE = {
     "Report": "report",
@@ -13,15 +13,4 @@ _WHERE = {
 }
 
 __all__ = list(_WHERE)
-
-
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+__getattr__, __dir__ = lazily(__name__, _WHERE)

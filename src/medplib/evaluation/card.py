@@ -268,8 +268,8 @@ one of two lungs asked for together was called absent; what is kept of it lies 0
 to after it, one share of four, by these figures and by that question. "conversations" was added because
 about half of the questions that followed two others were answered wrongly; it is the fourth such stage that
 was measured (two without mask losses, after which left and right were mixed up, and a shorter one with fewer
-questions about presence). It called thin lungs absent again, hence "balance", one of two seeds and of four
-shares. The figures are to be read with that in mind.
+questions about presence). It called thin lungs absent again, hence "balance", one of two seeds and of six
+shares; averages with the weights before were measured, too. The figures are to be read with that in mind.
 Weights sha256: `{sha256}`.
 
 ## Measured on held-out images

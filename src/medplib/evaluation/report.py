@@ -70,6 +70,7 @@ class Report:
         self.settings = dict(settings)
         self.errors = [row for row in rows if "error" in row]
         self.rows = [row for row in rows if "error" not in row]
+        self._lines: dict[str | None, list[Line]] = {}
 
     def lines(self, by: str | None = None) -> list[Line]:
         """All figures there are, in the order of the tasks; `by` one of GROUPS, a line per value of it.
@@ -78,6 +79,11 @@ class Report:
         """
         if by is not None and by not in GROUPS:
             raise InputError(f"by must be one of {', '.join(GROUPS)}, or None; got {by!r}.")
+        if by not in self._lines:
+            self._lines[by] = self._estimates(by)
+        return list(self._lines[by])
+
+    def _estimates(self, by: str | None) -> list[Line]:
         found: dict[tuple, list[tuple[float, Any]]] = defaultdict(list)
         for entry in self.entries():
             group = "all" if by is None else entry[by] or "unknown"
@@ -98,11 +104,8 @@ class Report:
         lines = [("all", line) for line in self.lines()]
         for by in ("modality", "structure", "dataset"):
             lines += [(by, line) for line in self.lines(by)]
-        figures = [
-            {"by": by, **line._replace(value=None)._asdict(), **line.value._asdict()} for by, line in lines
-        ]
-        for figure in figures:
-            del figure["value"]
+        figures = [{"by": by, **dict(zip(Line._fields[:-1], line, strict=False)), **line.value._asdict()}
+                   for by, line in lines]  # fmt: skip
         official = {"official_text": self.official_text()} if self._official else {}
         counts = {"questions": len(self.rows) + len(self.errors), "errors": len(self.errors)}
         return {"notice": NOTICE, "settings": self.settings, **counts, "figures": figures, **official}

@@ -82,12 +82,7 @@ def evaluate(
 def load_report(folder: str | os.PathLike) -> Report:
     """The report of the answers that an `evaluate` left in a folder, finished or not. Raises InputError."""
     path = Path(folder).expanduser()
-    try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{os.fspath(folder)!r} holds no evaluation ({error}); give the --out of one."
-        ) from error
+    settings = _read_settings(path)
     return Report(sorted(read_lines(path / RESULTS).values(), key=_place), settings)
 
 
@@ -114,11 +109,18 @@ def _settings(
     return settings if dtype is None else settings | {"dtype": str(dtype)}
 
 
+def _read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(folder)!r} holds no evaluation ({error}); give the --out of one.") from error
+
+
 def _open(folder: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{id: row} of what the folder holds of this very evaluation. Raises InputError for another one."""
     path = folder / SETTINGS
     if path.exists() or (folder / RESULTS).exists():
-        there = load_report(folder).settings
+        there = _read_settings(folder)
         for name in settings.keys() - {"versions"}:
             if there.get(name) != settings[name]:
                 raise InputError(
@@ -160,20 +162,14 @@ def _asked(
 def _rows(
     model: Any, waiting: list[tuple[str, Question, Any]], protocol: str, options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Answer together; if that is refused, one by one, so that only what fails alone has no answer."""
-    if not waiting:
-        return
-    try:
-        answers = model.answer([sample for _, _, sample in waiting], **options)
-    except InputError as error:
-        if len(waiting) == 1:
-            yield {"id": waiting[0][0], "error": str(error)}
-        else:
-            for one in waiting:
-                yield from _rows(model, [one], protocol, options)
-        return
+    """The rows of questions that are answered together."""
+    from medplib.answering import answer_each
+
+    answers = answer_each(model, [sample for _, _, sample in waiting], InputError, **options)
     for (name, question, _), answer in zip(waiting, answers, strict=True):
         try:
+            if isinstance(answer, InputError):
+                raise answer
             yield {"id": name, **score(question, answer, protocol)}
         except InputError as error:
             yield {"id": name, "error": str(error)}

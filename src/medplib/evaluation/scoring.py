@@ -50,14 +50,14 @@ class Question:
 
         turns = self.record.turns[: self.turn + 1]
         size = images[-1].shape[:2] if images else (0, 0)
-        regions = self.record.load_regions(size)[: sum(q.count(REGION) for q, _ in turns)]
+        regions = self.record.load_regions(size, slice(sum(q.count(REGION) for q, _ in turns)))
         last = max(0, len(images) - 1)
         return Sample(images, [*turns[:-1], (turns[-1][0], None)], regions, [last] * len(regions))
 
     def load_masks(self, size: tuple[int, int]) -> list[np.ndarray]:
         """bool (H, W) for each of the M masks. Raises InputError, naming the file."""
         first = sum(answer.count(SEG) for _, answer in self.record.turns[: self.turn])
-        return self.record.load_masks(size)[first : first + len(self.names)]
+        return self.record.load_masks(size, slice(first, first + len(self.names)))
 
 
 def questions_of(record: Record) -> list[Question]:

@@ -4,7 +4,7 @@ from medplib.training import load_recipe, train
 train(load_recipe("tiny", {"out": "runs/mine"}))
 """
 
-from importlib import import_module
+from medplib.lazy import lazily
 
 _WHERE = {
     "Recipe": "recipe",
@@ -16,11 +16,4 @@ _WHERE = {
 }
 
 __all__ = list(_WHERE)
-
-
-def __getattr__(name: str):
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazily(__name__, _WHERE)
