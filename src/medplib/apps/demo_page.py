@@ -56,12 +56,12 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
         direct = ",".join([*filter(None, [getproxies().get("no")]), host, "127.0.0.1", "localhost"])
         places = {"GRADIO_TEMP_DIR": str(root), "GRADIO_EXAMPLES_CACHE": str(root), "no_proxy": direct}
         with _environment(_SETTINGS | places):  # gradio asks the server whether it is there, but no proxy
-            page, checks = make_page(Sessions(model, root), root)
+            page = Page(Sessions(model, root), root)
             guard = Middleware(
-                Guard, root=root, hosts=_LOCAL | {host} if is_local(host) else None, events=checks
+                Guard, root=root, hosts=_LOCAL | {host} if is_local(host) else None, events=page.checks
             )
             try:
-                _, address, _ = page.launch(
+                _, address, _ = page.blocks.launch(
                     server_name=f"[{host}]" if ":" in host else host, server_port=port,
                     prevent_thread_lock=True, quiet=True, inline=False, inbrowser=False, share=False,
                     show_error=False, allowed_paths=[], ssr_mode=False, max_file_size=MAX_UPLOAD,
@@ -76,98 +76,115 @@ def serving(model: Any, host: str = "127.0.0.1", port: int | None = None) -> Ite
             try:
                 yield address
             finally:
-                page.close(verbose=False)
+                page.blocks.close(verbose=False)
 
 
-def make_page(sessions: Sessions, root: Path) -> tuple[gr.Blocks, dict[int, tuple]]:
-    """The page, and by the number of each of its events the checks of what may be sent to it."""
-    with gr.Blocks(title="medplib", analytics_enabled=False) as page:
-        gr.Markdown(f"## medplib\n**{NOTICE}** What you open is deleted when you close the page.")
-        with gr.Row():
-            with gr.Column():
-                upload = gr.File(label="Image: PNG, JPEG, TIFF, DICOM, or a NIfTI volume", height=150)
-                picture = gr.Image(
-                    label="Picture: click to point", interactive=False, format="png", buttons=["fullscreen"]
-                )
-                index = gr.Slider(0, 1, step=1, label="Slice", visible=False)
-                kind = gr.Radio(list(KINDS), value=KINDS[0], label="A click sets a")
-                places = gr.Markdown()
-                forget = gr.Button("Remove the places")
-            with gr.Column():
-                turns = gr.Chatbot(
-                    label="Conversation", height=240, render_markdown=False, feedback_options=None, buttons=[]
-                )
-                question = gr.Textbox(
-                    label="Question", lines=1, info="<region> stands for the next place; goes on from above."
-                )
-                with gr.Row():
-                    ask = gr.Button("Ask", variant="primary")
-                    new = gr.Button("New conversation")
-                overlay = gr.Image(label="Answer", interactive=False, format="png", buttons=["fullscreen"])
-                findings = gr.Dataframe(
-                    headers=["label", "score", "area (pixels)"], label="Findings", interactive=False
-                )
-                files = gr.DownloadButton("Download overlay, masks and answer.json", interactive=False)
+class Page:
+    """The page of `Sessions`: what stands on it, and what each event does.
 
-        shown = [picture, places]
-        said = [turns, overlay, findings, files, question]
+    blocks  gradio's
+    checks  by the number of each event, the checks of what may be sent to it
+    """
 
-        def on_open(file: Any, request: gr.Request) -> list[Any]:
-            path = Path(file["path"])
-            with _told(sessions, request) as session:
-                try:
-                    session.open(path)
-                finally:
-                    with suppress(OSError):
-                        path.parent.rmdir()  # named by the content
-                slices = gr.update(
-                    visible=session.slices > 1, maximum=max(1, session.slices - 1), value=session.slice
-                )
-                return [None, slices, *_shown(session), *_said(session)]
+    def __init__(self, sessions: Sessions, root: Path) -> None:
+        self.sessions = sessions
+        with gr.Blocks(title="medplib", analytics_enabled=False) as self.blocks:
+            gr.Markdown(f"## medplib\n**{NOTICE}** What you open is deleted when you close the page.")
+            with gr.Row():
+                with gr.Column():
+                    self._lay_out_image()
+                with gr.Column():
+                    self._lay_out_conversation()
+            self._connect()
+        self.blocks.queue(max_size=32, default_concurrency_limit=1)
+        kinds = {"open": (is_upload(root),), "slice": (is_number,), "click": (is_text,), "ask": (is_text,)}
+        self.checks = {n: kinds.get(str(event.api_name), ()) for n, event in self.blocks.fns.items()}
 
-        def on_slice(number: Any, request: gr.Request) -> list[Any]:
-            with _told(sessions, request) as session:
-                session.turn_to(number)
-                return [*_shown(session), *_said(session)]
-
-        def on_click(kind: str, event: gr.EventData, request: gr.Request) -> list[Any]:
-            with _told(sessions, request) as session:
-                session.click(*_place_of(event), kind)
-                return _shown(session)
-
-        def on_forget(request: gr.Request) -> list[Any]:
-            with _told(sessions, request) as session:
-                session.forget_places()
-                return _shown(session)
-
-        def on_ask(question: str, request: gr.Request) -> list[Any]:
-            with _told(sessions, request) as session:
-                session.ask(question)
-                return [*_shown(session), *_said(session)]
-
-        def on_new(request: gr.Request) -> list[Any]:
-            with _told(sessions, request) as session:
-                session.begin_again()
-                return [*_shown(session), *_said(session)]
-
-        def on_leave(request: gr.Request) -> None:
-            sessions.close(str(request.session_hash))
-            held = page.app.state_holder.session_data  # gradio's own, which it would keep for an hour
-            held.pop(request.session_hash, None)
-
-        one = {"preprocess": False, "concurrency_id": "one", "concurrency_limit": 1}  # checked by the guard
-        upload.upload(
-            on_open, upload, [upload, index, *shown, *said], api_name="open", show_progress="minimal", **one
+    def _lay_out_image(self) -> None:
+        self.upload = gr.File(label="Image: PNG, JPEG, TIFF, DICOM, or a NIfTI volume", height=150)
+        self.picture = gr.Image(
+            label="Picture: click to point", interactive=False, format="png", buttons=["fullscreen"]
         )
-        index.input(on_slice, index, [*shown, *said], api_name="slice", trigger_mode="always_last", **one)
-        picture.select(on_click, kind, shown, api_name="click", show_progress="hidden", **one)
-        forget.click(on_forget, None, shown, api_name="forget", **one)
-        gr.on([ask.click, question.submit], on_ask, question, [*shown, *said], api_name="ask", **one)
-        gr.on([new.click, turns.clear], on_new, None, [*shown, *said], api_name="new", **one)
-        page.unload(on_leave)
-    page.queue(max_size=32, default_concurrency_limit=1)
-    kinds = {"open": (is_upload(root),), "slice": (is_number,), "click": (is_text,), "ask": (is_text,)}
-    return page, {number: kinds.get(str(event.api_name), ()) for number, event in page.fns.items()}
+        self.index = gr.Slider(0, 1, step=1, label="Slice", visible=False)
+        self.kind = gr.Radio(list(KINDS), value=KINDS[0], label="A click sets a")
+        self.places = gr.Markdown()
+        self.forget = gr.Button("Remove the places")
+
+    def _lay_out_conversation(self) -> None:
+        self.turns = gr.Chatbot(
+            label="Conversation", height=240, render_markdown=False, feedback_options=None, buttons=[]
+        )
+        self.question = gr.Textbox(
+            label="Question", lines=1, info="<region> stands for the next place; goes on from above."
+        )
+        with gr.Row():
+            self.ask = gr.Button("Ask", variant="primary")
+            self.new = gr.Button("New conversation")
+        self.overlay = gr.Image(label="Answer", interactive=False, format="png", buttons=["fullscreen"])
+        self.findings = gr.Dataframe(
+            headers=["label", "score", "area (pixels)"], label="Findings", interactive=False
+        )
+        self.files = gr.DownloadButton("Download overlay, masks and answer.json", interactive=False)
+
+    def _connect(self) -> None:
+        shown = [self.picture, self.places]
+        said = [self.turns, self.overlay, self.findings, self.files, self.question]
+        both = [*shown, *said]
+        one = {"preprocess": False, "concurrency_id": "one", "concurrency_limit": 1}  # checked by the guard
+        self.upload.upload(
+            self.on_open, self.upload, [self.upload, self.index, *both], api_name="open",
+            show_progress="minimal", **one,
+        )  # fmt: skip
+        self.index.input(self.on_slice, self.index, both, api_name="slice", trigger_mode="always_last", **one)
+        self.picture.select(self.on_click, self.kind, shown, api_name="click", show_progress="hidden", **one)
+        self.forget.click(self.on_forget, None, shown, api_name="forget", **one)
+        asked = [self.ask.click, self.question.submit]
+        gr.on(asked, self.on_ask, self.question, both, api_name="ask", **one)
+        gr.on([self.new.click, self.turns.clear], self.on_new, None, both, api_name="new", **one)
+        self.blocks.unload(self.on_leave)
+
+    def on_open(self, file: Any, request: gr.Request) -> list[Any]:
+        path = Path(file["path"])
+        with _told(self.sessions, request) as session:
+            try:
+                session.open(path)
+            finally:
+                with suppress(OSError):
+                    path.parent.rmdir()  # named by the content
+            slices = gr.update(
+                visible=session.slices > 1, maximum=max(1, session.slices - 1), value=session.slice
+            )
+            return [None, slices, *_shown(session), *_said(session)]
+
+    def on_slice(self, number: Any, request: gr.Request) -> list[Any]:
+        with _told(self.sessions, request) as session:
+            session.turn_to(number)
+            return [*_shown(session), *_said(session)]
+
+    def on_click(self, kind: str, event: gr.EventData, request: gr.Request) -> list[Any]:
+        with _told(self.sessions, request) as session:
+            session.click(*_place_of(event), kind)
+            return _shown(session)
+
+    def on_forget(self, request: gr.Request) -> list[Any]:
+        with _told(self.sessions, request) as session:
+            session.forget_places()
+            return _shown(session)
+
+    def on_ask(self, question: str, request: gr.Request) -> list[Any]:
+        with _told(self.sessions, request) as session:
+            session.ask(question)
+            return [*_shown(session), *_said(session)]
+
+    def on_new(self, request: gr.Request) -> list[Any]:
+        with _told(self.sessions, request) as session:
+            session.begin_again()
+            return [*_shown(session), *_said(session)]
+
+    def on_leave(self, request: gr.Request) -> None:
+        self.sessions.close(str(request.session_hash))
+        held = self.blocks.app.state_holder.session_data  # gradio's own, which it would keep for an hour
+        held.pop(request.session_hash, None)
 
 
 def _shown(session: Session) -> list[Any]:
