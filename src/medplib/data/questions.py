@@ -81,6 +81,14 @@ REGION_QUESTIONS = (
     "What is shown in the region <region>?",
     "Which organ or tissue is in <region>?",
 )
+PLAIN: Mapping[str, Sequence[str]] = {
+    "modality": MODALITY_QUESTIONS,
+    "grounding": GROUNDING_QUESTIONS,
+    "several": SEVERAL_QUESTIONS,
+    "presence": PRESENCE_QUESTIONS,
+    "list": LIST_QUESTIONS,
+    "region": REGION_QUESTIONS,
+}
 
 # Structures that an image of the data set may show although nobody labelled them: never called absent.
 UNLABELLED: Mapping[str, frozenset[str]] = {
@@ -101,7 +109,7 @@ MIN_PIXELS = 12  # a structure smaller than this after augmentation is neither a
 class Question:
     """One question, its answer, the masks of the answer's `<SEG>` tokens and the regions asked about."""
 
-    task: str  # "modality", "presence", "list", "region", "grounding", "absent", "several"
+    task: str  # "modality", "presence", "list", "region", "grounding", "absent", "several" or an everyday one
     question: str
     answer: str
     masks: tuple[np.ndarray, ...] = ()
@@ -120,8 +128,20 @@ class QuestionMaker:
     `vocabulary` are all structure names that may be asked about as absent, by data set: {name: data sets}.
     """
 
+    wordings = PLAIN
+
     def __init__(self, vocabulary: Mapping[str, set[str]]) -> None:
         self.vocabulary = dict(vocabulary)
+
+    def words(self, rng: np.random.Generator, kind: str) -> str:
+        """One of the wordings of a kind, as a template."""
+        return pick(rng, self.wordings[kind])
+
+    def fill(
+        self, rng: np.random.Generator, template: str, name: str, modality: str = "", the: str = "the "
+    ) -> str:
+        """A template with what is asked about in it."""
+        return _fill(template, name, modality, the)
 
     def absent_names(self, dataset: str, labelled: Sequence[str]) -> tuple[list[str], list[str]]:
         """Names surely not in the image: those of its own data set (the hard ones), and all others."""
@@ -132,37 +152,40 @@ class QuestionMaker:
 
     def modality(self, rng: np.random.Generator, modality: str) -> Question:
         answer = f"This is {article(modality)} {modality} image."
-        return Question("modality", _pick(rng, MODALITY_QUESTIONS), answer)
+        return Question("modality", self.words(rng, "modality"), answer)
 
     def presence(self, rng: np.random.Generator, name: str, present: bool) -> Question:
-        question = _fill(_pick(rng, PRESENCE_QUESTIONS), name)
+        question = self.fill(rng, self.words(rng, "presence"), name)
         answer = f"Yes, there is {name}." if present else f"No, there is no {name} in this image."
         return Question("presence", question, answer, names=(name,))
 
     def listing(self, rng: np.random.Generator, names: Sequence[str]) -> Question:
-        return Question("list", _pick(rng, LIST_QUESTIONS), f"This image shows {', '.join(sorted(names))}.")
+        return Question("list", self.words(rng, "list"), f"This image shows {', '.join(sorted(names))}.")
 
     def region(self, rng: np.random.Generator, name: str, prompt: Point | Box | Mask) -> Question:
-        question = _pick(rng, REGION_QUESTIONS)
+        question = self.words(rng, "region")
         return Question("region", question, f"This is the {name}.", prompts=(prompt,), names=(name,))
 
     def grounding(
         self, rng: np.random.Generator, name: str, mask: np.ndarray | None, modality: str
     ) -> Question:
         """mask None: the structure is absent and the answer says so without a `<SEG>`."""
-        question = _fill(
-            _pick(rng, GROUNDING_QUESTIONS), name, modality, the="" if rng.random() < 0.1 else "the "
-        )
+        question = self.grounding_words(rng, name, modality)
         if mask is None:
             return Question("absent", question, absent_answer(name), names=(name,))
         return Question("grounding", question, present_answer([name]), (mask,), names=(name,))
+
+    def grounding_words(self, rng: np.random.Generator, name: str, modality: str) -> str:
+        """The question for one structure, now and then without its article."""
+        template = self.words(rng, "grounding")
+        return self.fill(rng, template, name, modality, the="" if rng.random() < 0.1 else "the ")
 
     def follow_up(self, rng: np.random.Generator, question: Question, before: Question) -> Question:
         """A question for one structure, in fewer words where the question before it asked to draw, too."""
         kinds = ("grounding", "absent", "several")
         if question.task not in kinds[:2] or before.task not in kinds:
             return question
-        return replace(question, question=_fill(_pick(rng, FOLLOW_UP_QUESTIONS), question.names[0]))
+        return replace(question, question=_fill(pick(rng, FOLLOW_UP_QUESTIONS), question.names[0]))
 
     def several(
         self, rng: np.random.Generator, present: Sequence[tuple[str, np.ndarray]], absent: Sequence[str]
@@ -171,14 +194,19 @@ class QuestionMaker:
         wanted = [(n, m) for n, m in present] + [(n, None) for n in absent]
         order = rng.permutation(len(wanted))
         wanted = [wanted[i] for i in order]
-        names = [f"the {n}" for n, _ in wanted]
-        listed = ", ".join(names[:-1]) + " and " + names[-1]
         drawn = [n for n, m in wanted if m is not None]
         answers = [present_answer(drawn)] if drawn else []
         answers += [absent_answer(n) for n, m in wanted if m is None]
         masks = tuple(m for _, m in wanted if m is not None)
-        question = _pick(rng, SEVERAL_QUESTIONS).format(list=listed)
+        question = self.several_words(rng, [n for n, _ in wanted])
         return Question("several", question, " ".join(answers), masks, names=tuple(n for n, _ in wanted))
+
+    def several_words(self, rng: np.random.Generator, names: Sequence[str]) -> str:
+        """The question for several structures, in this order."""
+        the = [f"the {n}" for n in names]
+        first = ", ".join(the[:-1])
+        template = self.words(rng, "several")
+        return template.format(list=f"{first} and {the[-1]}", either=f"{first} or {the[-1]}")
 
 
 def present_answer(names: Sequence[str]) -> str:
@@ -214,7 +242,8 @@ def region_prompt(
     return Mask(mask), index
 
 
-def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    """One of the options."""
     return options[rng.integers(len(options))]
 
 

@@ -21,6 +21,7 @@ from medplib.data.phantoms import PHANTOMS, make_phantom
 from medplib.data.questions import QuestionMaker, region_prompt
 from medplib.data.samples import ImageSample, keyed_rng
 from medplib.data.simulate import simulate_pet
+from medplib.evaluation.everyday import measure_everyday
 from medplib.evaluation.metrics import dice
 from medplib.evaluation.scoring import pair
 from medplib.processing import Sample
@@ -185,9 +186,14 @@ def floors(measured: Measured, trained: dict[str, int]) -> dict[str, float]:
     }
 
 
-def tables(measured: Measured, later: Measured, trained: dict[str, int]) -> str:
-    """Markdown: headline, then by tier, modality and provenance, then by structure; `later` is the same after
-    two other questions."""
+def tables(
+    measured: Measured, later: Measured, trained: dict[str, int], everyday: Sequence[dict[str, tuple]]
+) -> str:
+    """Markdown: headline, everyday questions, then by tier, modality and provenance, then by structure.
+
+    later     the same after two other questions
+    everyday  of `measure_everyday`, in the wordings of the training and in others
+    """
 
     def table(head: Sequence[str], rows: Iterable[Sequence]) -> str:
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -203,10 +209,14 @@ def tables(measured: Measured, later: Measured, trained: dict[str, int]) -> str:
         for k, (m, n) in measured.mean("dice", ["tier", "modality", "name", "provenance"]).items()
     ]
     by = ["tier", "modality"]
+    kinds = sorted(set().union(*everyday), key=lambda kind: (kind != "all", kind))
+    words = [[k, *(f"{e[k][0]:.3f} of {e[k][1]}" if k in e else "" for e in everyday)] for k in kinds]
     return "\n".join(
         [
             "### Headline (real test images)\n",
             table(["what", "measured", "after two other questions"], head),
+            "### Everyday questions (real test images; right: word for word, and every mask drawn)\n",
+            table(["kind", "worded as in training", "worded otherwise"], words),
             "### Grounding by tier, modality and provenance (Dice, 0 where no mask was drawn)\n",
             table([*by, "provenance", "Dice", "n"], rows("dice", [*by, "provenance"])),
             "### Grounding by structure\n",
@@ -249,11 +259,12 @@ sources and licences in its NOTICE), on procedural phantoms and on PET simulated
 published model starts from: image encoders and mask decoder by structure names, the language model by text
 alone. Then `medplib train` runs the four stages align, vqa, grounding and mixture by the recipe `tiny-whole`,
 where parts train in full instead of through LoRA, because at this size LoRA saves nothing. The image encoders
-stay frozen through the four stages. Five stages follow. "absence" trains as the mixture does, with
+stay frozen through the four stages. Six stages follow. "absence" trains as the mixture does, with
 structures taken out of the images. "settle" trains the mask side alone, its image encoder too, and half of
 the images it sees are not augmented, as those it is used on are not. "several" trains the language model
 alone, mostly on structures asked for together. "conversations" trains it alone, too, on up to four questions
-in a row, and "balance" the same for a moment with fewer questions about what is absent.
+in a row, "balance" the same for a moment with fewer questions about what is absent, and "everyday" again in
+the words that people use, with kinds of questions that no stage before it asked.
 
 The recipe was changed five times after a look at test results. "tables" (training CT with drawn patient
 tables) was added because masks leaked under the table of the test CT, which differs from that of the one
@@ -269,7 +280,8 @@ to after it, one share of four, by these figures and by that question. "conversa
 about half of the questions that followed two others were answered wrongly; it is the fourth such stage that
 was measured (two without mask losses, after which left and right were mixed up, and a shorter one with fewer
 questions about presence). It called thin lungs absent again, hence "balance", one of two seeds and of six
-shares; averages with the weights before were measured, too. The figures are to be read with that in mind.
+shares; averages with the weights before were measured, too. "everyday" was added because plain questions in
+other words were answered wrongly; it is the first such stage. The figures are to be read with that in mind.
 Weights sha256: `{sha256}`.
 
 ## Measured on held-out images
@@ -305,7 +317,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
     measured, later = measure(model, images, maker), measure(model, images, maker, before=2)
     if options.rows:
         options.rows.write_text("".join(json.dumps(r) + "\n" for r in measured.rows), encoding="utf-8")
-    text = tables(measured, later, dict(trained))
+    real = [item for item in images if item.tier == "real"]
+    everyday = [measure_everyday(model, real, vocabulary, heard=heard) for heard in (True, False)]
+    text = tables(measured, later, dict(trained), everyday)
     if options.card:
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         sha = weights_sha256(model.source)
@@ -316,6 +330,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     after = floors(later, dict(trained))
     for name, value in floors(measured, dict(trained)).items():
         tqdm.write(f"{value:.3f}  {after[name]:.3f}  {name}")
+    tqdm.write("  ".join(f"{found['all'][0]:.3f}" for found in everyday) + "  everyday questions")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
+from medplib.data import everyday
 from medplib.data import questions as q
 from medplib.data.questions import Question, QuestionMaker
 from medplib.processing import MedPLIBProcessor, Sample
@@ -31,6 +32,8 @@ class QuestionDraws:
         task = self.tasks[rng.choice(len(self.tasks), p=self.shares)]
         own, others = self.maker.absent_names(item.dataset, item.names)
         present = len(item.names)
+        if task in everyday.KINDS:
+            return self.maker.draw(task, item, rng) or self.maker.modality(rng, item.modality)
 
         def absent() -> str:
             pool = own if own and (rng.random() < 0.6 or not others) else others

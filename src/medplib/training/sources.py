@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from medplib.conversation import REGION
+from medplib.data.everyday import KINDS, EverydayMaker
 from medplib.data.files import Held
 from medplib.data.mini import INDEX, default_mini_root, load_mini
 from medplib.data.options import check_options
@@ -56,6 +57,7 @@ class MiniQuestions:
     weights    {data set: share}
     table, removal  chances of a table in the picture and of a structure taken out of it
     unchanged  the chance that an image is not augmented
+    everyday   questions in everyday words, and the kinds of `medplib.data.everyday` among the tasks
 
     Raises InputError for values that cannot be used.
     """
@@ -72,20 +74,22 @@ class MiniQuestions:
         table: float = 0.5,
         removal: float = 0.0,
         unchanged: float = 0.0,
+        everyday: bool = False,
     ) -> None:
         from medplib.training.conversations import QuestionDraws
 
         self.settings = {"split": split, "tasks": tasks, "per_image": per_image, "weights": weights,
                          "table": table, "removal": removal, "unchanged": unchanged,
                          "turns": turns}  # fmt: skip
+        self.settings |= {"everyday": True} if everyday else {}
         _check_range({"per_image": per_image, "turns": turns, "per_epoch": per_epoch}, 1, None)
         _check_range({"table": table, "removal": removal, "unchanged": unchanged}, 0, 1)
         if weights is not None:
             _check_shares("weights", weights)
-        mix = _task_shares(tasks)
+        mix = _task_shares(tasks, KINDS if everyday else ())
         shares = None if weights is None else tuple(sorted(weights.items()))
         self.images, vocabulary, count = _mini_images(split, shares, table, removal, unchanged)
-        self.questions = QuestionDraws(QuestionMaker(vocabulary), mix)
+        self.questions = QuestionDraws((EverydayMaker if everyday else QuestionMaker)(vocabulary), mix)
         self.per_image, self.turns, self.length, self.split = per_image, turns, per_epoch or count, split
 
     def __len__(self) -> int:
@@ -159,11 +163,13 @@ def _check_shares(key: str, shares: Mapping[str, float]) -> None:
         raise InputError(f"options.{key} of the mini set must be shares from 0, some above, got {shares}.")
 
 
-def _task_shares(tasks: Mapping[str, float] | Sequence[str] | str) -> dict[str, float]:
+def _task_shares(
+    tasks: Mapping[str, float] | Sequence[str] | str, more: Collection[str] = ()
+) -> dict[str, float]:
     if isinstance(tasks, str):
         tasks = [tasks]
     mixed = isinstance(tasks, Mapping)
-    known = [kind for mix in MINI_TASKS.values() for kind in mix] if mixed else list(MINI_TASKS)
+    known = [kind for mix in MINI_TASKS.values() for kind in mix] + [*more] if mixed else list(MINI_TASKS)
     unknown = [t for t in tasks if t not in known]
     if unknown or not tasks:
         raise InputError(f"options.tasks of the mini set may hold {', '.join(known)}; got {list(tasks)}.")
