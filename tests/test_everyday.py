@@ -6,10 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from medplib.data import everyday
-from medplib.data.everyday import CANNOT, KINDS, UNHEARD, WORDINGS, EverydayMaker
+from medplib.data import wordings
+from medplib.data.everyday import CANNOT, KINDS, EverydayMaker
 from medplib.data.questions import PLAIN, UNLABELLED
 from medplib.data.samples import ImageSample, Structure
+from medplib.data.wordings import HEARD, UNHEARD
 from medplib.errors import InputError
 from medplib.evaluation.everyday import measure_everyday
 from medplib.results import Answer, Finding
@@ -50,19 +51,19 @@ def test_an_answer_draws_the_structures_that_it_names(kind, heard):
 
 
 def test_wordings_to_measure_with_are_not_trained_on():
-    assert set(UNHEARD) == set(WORDINGS)
+    assert set(UNHEARD) == set(HEARD)
     for kind, unheard in UNHEARD.items():
-        assert not set(unheard) & {wording for each in WORDINGS.values() for wording in each}, kind
-        assert set(PLAIN.get(kind, ())) <= set(WORDINGS[kind])
-    assert not set(everyday.UNHEARD_UNKNOWN) & set(everyday.UNKNOWN)
-    assert not set(everyday.UNHEARD_BEYOND) & set(everyday.BEYOND)
+        assert not set(unheard) & {wording for each in HEARD.values() for wording in each}, kind
+        assert set(PLAIN.get(kind, ())) <= set(HEARD[kind])
+    assert not set(wordings.UNHEARD_UNKNOWN) & set(wordings.UNKNOWN)
+    assert not set(wordings.UNHEARD_BEYOND) & set(wordings.BEYOND)
 
 
 def test_what_was_never_learned_is_no_structure_of_the_mini_set():
     known = set(MiniQuestions().questions.maker.vocabulary)
-    others = {name for names in everyday.CALLED.values() for name in names}
-    assert set(everyday.CALLED) <= known
-    assert not (known | others) & {*everyday.UNKNOWN, *everyday.UNHEARD_UNKNOWN}
+    others = {name for names in wordings.CALLED.values() for name in names}
+    assert set(wordings.CALLED) <= known
+    assert not (known | others) & {*wordings.UNKNOWN, *wordings.UNHEARD_UNKNOWN}
 
 
 def test_the_modality_is_confirmed_or_put_right():

@@ -30,7 +30,8 @@ def measure_everyday(
     """{kind of question: (share answered right, questions)}; "all" are all of them.
 
     Right is an answer that says word for word what it should, with as many masks as it should draw.
-    `per_image` kinds are drawn for each image, keyed by it; heard False asks in wordings of UNHEARD.
+    `per_image` kinds are drawn for each image, keyed by it; heard False asks in wordings that
+    nothing is trained on.
     """
     maker = EverydayMaker(vocabulary, heard)
     asked: list[tuple[Sample, Question]] = []
