@@ -448,7 +448,8 @@ def test_the_command_answers_in_json_and_counts_what_failed(here):
     assert done.exit_code == 1
     told = json.loads(done.stdout)
     assert (told["questions"], told["errors"]) == (2, 1)
-    done = CliRunner().invoke(app, ["evaluate", "broken", "--format", "folder", "--protocol", "mine"])
+    wrong = ["--protocol", "mine", "--model", "nowhere"]  # said before a model is looked for
+    done = CliRunner().invoke(app, ["evaluate", "broken", "--format", "folder", *wrong])
     assert done.exit_code == 2
     assert "protocol must be one of" in done.output
     done = CliRunner().invoke(app, ["compare", "broken", "broken"])

@@ -49,9 +49,11 @@ def evaluate(
     """
     with errors_in_one_line():
         check_model_options(device, dtype, quantize, device_map)
-        records = read_records(path, layout, split, option)
         from medplib.evaluation import evaluate as run
+        from medplib.evaluation.scoring import check_protocol
 
+        check_protocol(protocol)
+        records = read_records(path, layout, split, option)
         report = run(
             load_model(model, device, dtype, quantize, device_map), records, out, protocol=protocol,
             limit=limit, batch_size=batch_size, progress=progress_bar("records"),

@@ -18,7 +18,7 @@ from medplib.data.record import Record
 from medplib.data.recordset import fingerprint
 from medplib.errors import InputError
 from medplib.evaluation.report import Report
-from medplib.evaluation.scoring import PROTOCOLS, Question, questions_of, score
+from medplib.evaluation.scoring import Question, check_protocol, questions_of, score
 from medplib.io.folder import write_together
 from medplib.io.json_lines import append_line, read_lines
 from medplib.results import versions
@@ -55,8 +55,7 @@ def evaluate(
     counted and in no figure; take its line out of results.jsonl to have it asked again. Raises InputError
     for a setting that cannot be used, for no records, and for an `out` that holds another evaluation.
     """
-    if protocol not in PROTOCOLS:
-        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
+    check_protocol(protocol)
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")

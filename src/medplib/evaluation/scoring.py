@@ -14,6 +14,7 @@ import numpy as np
 
 from medplib.conversation import REGION, SEG
 from medplib.data.record import Record
+from medplib.errors import InputError
 from medplib.evaluation import official
 from medplib.evaluation.metrics import dice, iou
 from medplib.evaluation.text import agrees, chosen, normalize, overlap
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from medplib.results import Answer, Finding
 
 PROTOCOLS = ("medplib", "official")
+
+
+def check_protocol(protocol: str) -> None:
+    """Raises InputError for a protocol that is none."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}.")
 
 
 @dataclass(frozen=True)
