@@ -8,6 +8,7 @@ says it exactly.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -25,13 +26,9 @@ from medplib.data.questions import (
     region_prompt,
 )
 
+UNKNOWN = "I have not learned to find that."
 CANNOT = "I cannot tell. Ask me for the modality, or for a structure to draw."
 NUMBERS = ("no", "one", "two")
-
-
-def unknown_answer(name: str) -> str:
-    """The answer about a structure that was never learned: neither there nor absent."""
-    return f"I have not learned to find the {name}."
 
 
 class EverydayMaker(QuestionMaker):
@@ -48,6 +45,23 @@ class EverydayMaker(QuestionMaker):
         rights = {name.removeprefix("right ") for name in vocabulary if name.startswith("right ")}
         self.pairs = sorted(rights & {n.removeprefix("left ") for n in vocabulary if n.startswith("left ")})
         self.tumors = sorted(n for n in vocabulary if n.endswith(" tumor"))
+
+    def words(self, rng: np.random.Generator, kind: str) -> str:
+        """One of the wordings of a kind, as a template; for training, some of its words replaced."""
+        return self._reworded(rng, super().words(rng, kind))
+
+    def _reworded(self, rng: np.random.Generator, words: str) -> str:
+        if not self.heard:
+            return words
+        if rng.random() < 0.12:
+            words = pick(rng, wordings.BEFORE) + words[0].lower() + words[1:]
+        found = re.split(r"([A-Za-z]+)(?![^{]*})", words)
+        for i, word in enumerate(found):
+            others = wordings.ALIKE.get(word.lower(), ())
+            if others and rng.random() < 0.3:
+                other = pick(rng, others)
+                found[i] = other.capitalize() if word[0].isupper() else other
+        return "".join(found)
 
     def fill(
         self, rng: np.random.Generator, template: str, name: str, modality: str = "", the: str = "the "
@@ -135,17 +149,17 @@ class EverydayMaker(QuestionMaker):
         if item.names and rng.random() < 0.2:
             i = int(rng.integers(len(item.names)))
             both = self.several_words(rng, [item.names[i], name])
-            answer = f"{present_answer([item.names[i]])} {unknown_answer(name)}"
+            answer = f"{present_answer([item.names[i]])} {UNKNOWN}"
             return Question("unknown", both, answer, (item.masks[i],), names=(item.names[i], name))
         if rng.random() < 0.3:
             question = self.fill(rng, self.words(rng, "presence"), name)
         else:
             question = self.grounding_words(rng, name, item.modality)
-        return Question("unknown", question, unknown_answer(name), names=(name,))
+        return Question("unknown", question, UNKNOWN, names=(name,))
 
     def beyond(self, item, rng: np.random.Generator) -> Question:
         questions = wordings.BEYOND if self.heard else wordings.UNHEARD_BEYOND
-        return Question("beyond", pick(rng, questions), CANNOT)
+        return Question("beyond", self._reworded(rng, pick(rng, questions)), CANNOT)
 
     def _members(self, kind: str) -> list[str]:
         return self.tumors if kind == "tumor" else [f"left {kind}", f"right {kind}"]

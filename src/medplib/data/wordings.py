@@ -31,6 +31,8 @@ HEARD: Mapping[str, Sequence[str]] = {
         *PLAIN["grounding"],
         "{s}",
         "{s}",
+        "{s}",
+        "{s}",
         "{the}{s}",
         "{s} please",
         "I need a mask of {the}{s}.",
@@ -240,12 +242,43 @@ UNHEARD: Mapping[str, Sequence[str]] = {
     "modality_check": ("Is the picture {a} image?", "Could this be {a} image?"),
     "shown": ("Which part of the patient do you see?", "What part of a person is in the picture?"),
     "description": ("Please describe what is in the image.", "Give a short description."),
-    "all of a kind": ("Please mark both {many}.", "Could you show the {many}?"),
+    "all of a kind": ("I want both {many} in color.", "Could you show the {many}?"),
     "any of a kind": ("Do you find {a} here?", "Is {a} visible?"),
-    "how many of a kind": ("How many {many} do you see here?", "Please count the {many}."),
+    "how many of a kind": ("How many {many} do you see here?", "Tell me the count of {many}."),
     "everything": ("Please segment all that you know.", "Mark everything in the picture."),
-    "marked": ("Please outline <region> for me.", "Draw what is in <region>."),
+    "marked": ("Please outline <region> for me.", "Circle what lies under <region>."),
 }
+
+ALIKE: Mapping[str, Sequence[str]] = {
+    "image": ("picture", "scan", "photo", "slice", "figure"),
+    "picture": ("image", "scan", "photo"),
+    "see": ("recognize", "spot", "notice", "make out"),
+    "show": ("depict", "display", "contain"),
+    "shown": ("depicted", "displayed", "visible", "imaged"),
+    "visible": ("there", "shown", "present"),
+    "segment": ("outline", "delineate", "mark", "trace", "draw"),
+    "outline": ("segment", "contour", "mark", "draw"),
+    "mark": ("highlight", "annotate", "outline"),
+    "draw": ("paint", "sketch", "trace"),
+    "find": ("locate", "detect", "search"),
+    "structure": ("organ", "object", "thing", "part"),
+    "structures": ("organs", "objects", "things", "parts"),
+    "describe": ("explain", "summarize", "characterize"),
+    "everything": ("all", "all things", "every structure"),
+    "body": ("patient", "person", "human body"),
+    "mask": ("segmentation", "contour"),
+    "large": ("big", "wide"),
+    "please": ("kindly",),
+    "tell": ("let me know", "say"),
+    "kind": ("type", "sort"),
+    "modality": ("imaging modality", "imaging method", "technique"),
+    "lies": ("is", "sits"),
+}
+"""Words that may stand for one another in a question."""
+BEFORE = (
+    "Please: ", "Please tell me: ", "Hi, ", "Hello, ", "Question: ", "I would like to know: ",
+    "Could you say, ", "Now, ", "For my report: ", "One more thing: ", "Ok, ", "Doctor, ",
+)  # fmt: skip
 
 CALLED: Mapping[str, Sequence[str]] = {
     "DAB stained tissue": ("stained tissue", "DAB staining", "brown staining"),
