@@ -202,7 +202,8 @@ def test_only_what_was_looked_for_is_called_absent():
     assert policy.absent(samples[0], samples[0].names) == ["spleen"]  # not colon: nobody ever drew it
     assert policy.absent(samples[1], samples[1].names) == ["kidney", "kidney tumor", "left lung"]
     assert policy.absent(samples[2], ["optic disc"]) == []
-    assert policy.absent(abdomen(["kidney", "lung"]), []) == ["kidney tumor", "liver", "spleen"]
+    for lungs in ("lung", "lungs"):
+        assert policy.absent(abdomen(["kidney", lungs]), []) == ["kidney tumor", "liver", "spleen"]
     assert policy.absent(abdomen(["kidney tumor"]), []) == ["left lung", "liver", "spleen"]
     assert "spleen" not in policy.absent(samples[0], [*samples[0].names, "spleen"])  # seen, but tiny
     by_case = AbsencePolicy([*samples, abdomen(["spleen"])], scope="case")
@@ -228,6 +229,19 @@ def test_broken_masks_are_left_out_and_never_called_absent(tmp_path):
     assert skipped == {"mask missing": 1, "mask of another size": 1, "mask unreadable": 1}
     assert facts.names == ["kidney tumor"]
     assert "liver" not in AbsencePolicy(SAMed2DFolder(folder)).absent(sample, facts.tiny)
+
+
+def test_a_structure_counts_all_its_instances_or_is_left_out(tmp_path):
+    folder = sa_med2d.write(tmp_path / "sa", cases=2)
+    sample = next(one for one in SAMed2DFolder(folder) if one.dataset == "Polyps")
+    files = [structure.mask for structure in sample.structures]
+    Image.fromarray(rectangle(1, 1, 4, 4) * np.uint8(255)).save(files[0])  # 9 pixels
+    (polyps,) = image_facts(sample).things
+    assert polyps.count == len(files)
+    assert polyps.pixels == sum(pixels(folder, file.relative_to(folder)).sum() for file in files)
+    files[1].unlink()
+    facts = image_facts(sample)
+    assert (facts.things, facts.tiny) == ((), ("polyp",))
 
 
 def test_no_case_is_in_both_splits(built):
