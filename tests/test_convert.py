@@ -85,6 +85,14 @@ def test_mecovqa_layout_reads_back(records, tmp_path):
     }
 
 
+def test_a_denial_stays_among_the_grounding_conversations(records, tmp_path):
+    denial = Record(
+        (("Segment the heart.", "There is no heart."),), records[0].images, extra={"kind": "grounding"}
+    )
+    convert([denial], tmp_path / "out")
+    assert [r.extra for r in read("mecovqa", tmp_path / "out", kind="grounding")] == [{"kind": "grounding"}]
+
+
 def test_jsonl_layout_keeps_everything(records, tmp_path):
     both = Record((("Compare.", "Same."),), (*records[0].images, *records[2].images), choices=("Same", "Not"))
     convert([*records, both], tmp_path / "out", to="jsonl")

@@ -25,7 +25,7 @@ from medplib.prompts.types import Box, Point
 KINDS = {  # kind: (level, what it means)
     "missing": ("error", "rows whose picture or mask is not there"),
     "unreadable": ("error", "pictures or masks that cannot be read"),
-    "empty mask": ("error", "masks and regions without a pixel"),
+    "empty mask": ("error", "masks and regions without a pixel; deny them in words (folder: empty=absent)"),
     "mask shape": ("error", "masks of another aspect ratio than their picture"),
     "region outside": ("error", "boxes and points that do not lie in the picture"),
     "case in splits": ("error", "cases (patients, volumes) in more than one split"),

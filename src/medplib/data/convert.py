@@ -133,7 +133,9 @@ class _Folder:
         if record.split is None:
             self.done.report.add("repaired", "no split: written to train/", f"{record.source} {record.row}")
         split = "zeroshot4grounding" if record.split == "zeroshot" else _safe(record.split or "train")
-        return f"{split}/MeCoVQA-{_KINDS[record.task]}.json", row
+        kind = str(record.extra.get("kind")).capitalize()  # a denial without a mask stays among Grounding
+        kind = kind if kind in _KINDS.values() else _KINDS[record.task]
+        return f"{split}/MeCoVQA-{kind}.json", row
 
     def jsonl(self, record: Record) -> tuple[str, dict[str, Any]]:
         """(file, row) of our own format. Raises InputError."""
