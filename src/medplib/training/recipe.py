@@ -8,6 +8,7 @@ differs from them.
 
 # No `from __future__ import annotations` here: with it the type checks of @strict fall silent.
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -302,7 +303,7 @@ def _set(content: dict, key: str, value: Any) -> None:
             )
     if isinstance(place.get(last), dict) and not isinstance(value, dict | None):
         raise InputError(f"{key} is a table of {', '.join(map(str, place[last]))}; set one of those.")
-    place[last] = value
+    place[last] = copy.deepcopy(value)  # a later key may change what is inside
 
 
 def _build(cls: type, value: Any, where: str) -> Any:
