@@ -21,7 +21,7 @@ from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, checks, snapshots, trainer, watch
 from medplib.training.batches import augmentation
 from medplib.training.chain import train
-from medplib.training.recipe import make_recipe
+from medplib.training.recipe import load_recipe, make_recipe
 
 NOISY = {"experts": ["grounding", "vqa"], "gate_args": {"noise": "gumbel", "bias_rate": 0.01, "seed": 3}}
 
@@ -352,6 +352,24 @@ def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, work
 def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augment, message):
     with pytest.raises(MedPLIBError, match=message):
         augmentation(recipe("model", tmp_path, augment=augment))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load": {1: 2}}, "load has no argument '1'"),
+        ({"augment": {"transform": {}}}, "transform must be a table"),
+        ({"augment": {"transform": {1: 2}}}, "has no '1'"),
+        ({"stages.align.loss_weights": {1: 2}}, "weighs 1; the losses are"),
+        ({"stages.align.batch_size": 10**30}, "An epoch may have 2147483648 samples"),
+        ({"samples_per_epoch": 10**30}, "An epoch may have 2147483648 samples"),
+    ],
+)
+def test_a_setting_of_no_use_is_an_error_of_ours(tmp_path, changes, message):
+    recipe = load_recipe("tiny", {"out": str(tmp_path / "run"), **changes}, stages="align")
+    with pytest.raises(MedPLIBError, match=message):
+        checks.check_run(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_does(tiny_folder, tmp_path):

@@ -128,7 +128,7 @@ def loss_config(stage: Stage) -> LossConfig:
     unknown = set(stage.loss_weights) - known - {"balance"}
     if unknown:
         raise InputError(
-            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are "
+            f"Stage '{stage.name}' weighs {', '.join(sorted(map(str, unknown)))}; the losses are "
             f"{', '.join(known)}, balance."
         )
     return LossConfig(**{**dict.fromkeys(known, 0.0), **given})
