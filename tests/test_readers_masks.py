@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import shutil
 import zipfile
 
 import datasets
@@ -376,6 +377,31 @@ def test_an_empty_mask_is_a_denial_where_that_is_said(tmp_path):
     assert (well.turns, well.masks) == ((("Segment the lesion.", "There is no lesion in this image."),), ())
     with pytest.raises(InputError, match="empty must be 'drawn' or 'absent', got 'left'"):
         read("folder", tmp_path, empty="left")
+
+
+def test_masks_without_a_folder_per_class_are_named_by_an_option(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+        mask(tmp_path / "masks" / f"{name}.png", 5)
+    with pytest.raises(InputError, match=r"no folder per class; say what its masks show by label=NAME"):
+        read("folder", tmp_path)
+    records = read("folder", tmp_path, label="polyp")
+    assert [(r.labels, r.load_masks((20, 30))[0].sum()) for r in records] == [(("polyp",), 5)] * 2
+    assert not records.report
+
+
+def test_a_folder_may_hold_dicom_and_names_what_is_no_picture(tmp_path):
+    files = pytest.importorskip("pydicom.data", reason="reading DICOM needs pydicom")
+    scan = files.get_testdata_file("CT_small.dcm", download=False)
+    (tmp_path / "images").mkdir()
+    shutil.copy(scan, tmp_path / "images" / "ct.DCM")
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    mask(tmp_path / "masks" / "body" / "ct.png", 50, size=(128, 128))
+    records = read("folder", tmp_path)
+    assert records[0].load_images()[0].shape == (128, 128, 3)
+    assert records.report.examples == {
+        ("unknown", "file that is no picture by its name"): ["images/notes.txt"]
+    }
 
 
 def test_masks_of_a_lossy_file_have_no_halo(tmp_path):

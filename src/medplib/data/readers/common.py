@@ -21,6 +21,7 @@ from medplib.data.report import ReadReport
 from medplib.data.rows import ParseCsv, Rows, index_csv, index_json
 from medplib.errors import InputError
 
+DICOM_SUFFIXES = (".dcm", ".dicom")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val"}

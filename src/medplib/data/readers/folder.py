@@ -14,6 +14,7 @@ from medplib.data.names import check_modality, slice_name, spoken
 from medplib.data.questions import absent_answer, present_answer
 from medplib.data.readers.columns import ColumnsRow, check_columns
 from medplib.data.readers.common import (
+    DICOM_SUFFIXES,
     IMAGE_SUFFIXES,
     JSON_SUFFIXES,
     SPLITS,
@@ -42,6 +43,7 @@ def read_folder(
     modality: str | None = None,
     source: str = "folder",
     empty: str = "drawn",
+    label: str | None = None,
 ) -> RecordSet:
     """A folder with images/ and masks/<class>/, also below train/, val/ and test/; or a table: a CSV file
     (with commas, tabs or semicolons), a JSON list of objects, or JSON lines.
@@ -52,6 +54,7 @@ def read_folder(
     source    what the records call their data set
     empty     of a folder, what a mask without a pixel says: "drawn" (nothing else is looked at), or "absent":
               the class is not in the image, and is denied in words. Every mask is then read once
+    label     of a folder, what masks show that lie in masks/ itself and not in one of its folders
     """
     modality, path = check_modality(modality), Path(path)
     if empty not in ("drawn", "absent"):
@@ -62,7 +65,7 @@ def read_folder(
         raise InputError(f"columns are for a table (CSV or JSON), but {str(path)!r} is a folder.")
     report, parts = ReadReport(), []
     for root, name in _roots(path, split):
-        rows = MemoryRows(_walk(root, report, empty == "absent"))
+        rows = MemoryRows(_walk(root, report, empty == "absent", label))
         parts.append((rows, None, FolderRow(Store(str(root.resolve())), name, modality, source)))
     return build(source, parts, report, "A mask has the name of its image, in masks/<class>/.")
 
@@ -113,26 +116,30 @@ def _roots(path: Path, split: str | None) -> list[tuple[Path, str | None]]:
     return chosen
 
 
-def _walk(root: Path, report: ReadReport, look: bool) -> Iterator[tuple[str, str, str, bool]]:
-    """(image, class/mask, class, whether it is there) of all masks that belong to an image.
+def _walk(
+    root: Path, report: ReadReport, look: bool, label: str | None
+) -> Iterator[tuple[str, str, str, bool]]:
+    """(image, mask below masks/, class, whether it is there) of all masks that belong to an image.
 
-    look: read the masks; else every class is taken to be there.
+    look: read the masks; else every class is taken to be there. label: of masks in masks/ itself.
     """
     images = {}
-    for name in sorted(os.listdir(root / "images")):
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-            if Path(name).stem in images:
-                report.add("unknown", "two images of one name", name)
-            images[Path(name).stem] = name
-    used = set()
-    masks = root / "masks"
-    for folder in sorted(entry for entry in masks.iterdir() if entry.is_dir()) if masks.is_dir() else ():
-        for name in sorted(os.listdir(folder)):
+    for name in _pictures(root / "images", (*IMAGE_SUFFIXES, *DICOM_SUFFIXES), report):
+        if Path(name).stem in images:
+            report.add("unknown", "two images of one name", name)
+        images[Path(name).stem] = name
+    used, masks = set(), root / "masks"
+    folders = sorted(entry for entry in masks.iterdir() if entry.is_dir()) if masks.is_dir() else []
+    named = [(folder, f"{folder.name}/", spoken(folder.name)) for folder in folders]
+    if label is not None:
+        named.append((masks, "", label))
+    elif not folders and masks.is_dir() and any(masks.iterdir()):
+        raise InputError(f"{str(masks)!r} has no folder per class; say what its masks show by label=NAME.")
+    for folder, below, shown in named:
+        for name in _pictures(folder, IMAGE_SUFFIXES, report):
             stem = Path(name).stem
-            if not name.lower().endswith(IMAGE_SUFFIXES) or name.startswith("."):
-                continue
             if stem not in images:
-                report.add("dropped", "mask without an image", f"{folder.name}/{name}")
+                report.add("dropped", "mask without an image", f"{below}{name}")
                 continue
             used.add(stem)
             try:
@@ -140,10 +147,21 @@ def _walk(root: Path, report: ReadReport, look: bool) -> Iterator[tuple[str, str
             except InputError as error:
                 report.add("dropped", "mask unreadable", str(error))
                 continue
-            yield images[stem], f"{folder.name}/{name}", spoken(folder.name), there
+            yield images[stem], f"{below}{name}", shown, there
     for stem in images:
         if stem not in used:
             report.add("dropped", "image without a mask", images[stem])
+
+
+def _pictures(folder: Path, suffixes: tuple[str, ...], report: ReadReport) -> Iterator[str]:
+    """The names of the pictures in a folder; other files are reported, hidden ones passed over."""
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.is_dir():
+            continue
+        if entry.name.lower().endswith(suffixes):
+            yield entry.name
+        else:
+            report.add("unknown", "file that is no picture by its name", f"{folder.name}/{entry.name}")
 
 
 def _read_table(
