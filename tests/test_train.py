@@ -195,6 +195,11 @@ def test_the_log_holds_losses_by_task_and_the_routing(tiny_folder, tmp_path):
     assert total == {layer: sum(v) for layer, v in per_layer.items()}
 
 
+def test_the_last_steps_are_logged_however_few(tiny_folder, tmp_path):
+    run(tiny_folder, tmp_path, log_steps=3)
+    assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [3, 4]
+
+
 def test_pictures_show_fixed_records_and_change_no_number(noisy_folder, tmp_path):
     run(noisy_folder, tmp_path / "without")
     asked = records(6)

@@ -134,7 +134,7 @@ class Recipe:
                          its transform as {name in torchvision.transforms.v2: its arguments}
     gradient_checkpointing  compute activations twice, store them once per layer
     save_steps, keep     a snapshot each so many steps; how many are kept
-    log_steps, report_to a line of log.jsonl each so many steps; also "tensorboard", "wandb", ...
+    log_steps, report_to a line of log.jsonl each so many steps and at the end; "tensorboard", "wandb", ...
     sample_steps, samples  each so many steps (0: never) the model answers so many validation records
     workers              data loader processes
     device               "cpu" or None for the best there is
