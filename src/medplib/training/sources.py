@@ -181,7 +181,10 @@ def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
             return MiniQuestions(split=source.split, **source.options)
         if source.path is None:
             raise InputError("path is missing; name the folder of the data set.")
-        return read(source.reader, Path(source.path).expanduser(), split=source.split, **source.options)
+        path = Path(source.path).expanduser()
+        if not path.exists():
+            raise InputError(f"there is no {source.path!r}; give --set data.{name}.path=FOLDER.")
+        return read(source.reader, path, split=source.split, **source.options)
     except InputError as error:
         raise InputError(f"data.{name}: {error}") from error
     except TypeError as error:
