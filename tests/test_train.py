@@ -21,7 +21,7 @@ from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, checks, snapshots, trainer, watch
 from medplib.training.batches import augmentation
 from medplib.training.chain import train
-from medplib.training.recipe import load_recipe, make_recipe
+from medplib.training.recipe import Source, load_recipe, make_recipe
 
 NOISY = {"experts": ["grounding", "vqa"], "gate_args": {"noise": "gumbel", "bias_rate": 0.01, "seed": 3}}
 
@@ -214,6 +214,16 @@ def test_pictures_show_fixed_records_and_change_no_number(noisy_folder, tmp_path
     assert [row["question"] for row in rows[0]] == [r.turns[0][0] for r in asked[:3]]
     with_pictures, without = newest_state(tmp_path / "with"), newest_state(tmp_path / "without")
     assert all(torch.equal(torch.as_tensor(with_pictures[k]), torch.as_tensor(without[k])) for k in without)
+
+
+def test_pictures_without_records_to_ask_are_refused_before_anything(tiny_folder, tmp_path):
+    wish = recipe(tiny_folder, tmp_path / "run", sample_steps=2)
+    with pytest.raises(InputError, match="validation names no source; name one"):
+        train(wish, sources={"some": records()})
+    wish.validation = {"held": Source("folder", path=str(tmp_path / "gone"))}
+    with pytest.raises(InputError, match=r"validation\.held: there is no .*--set validation\.held\.path="):
+        train(wish, sources={"some": records()})
+    assert not any((tmp_path / "run").glob("*"))
 
 
 def test_nan_stops_the_run_and_the_batch_is_kept(tiny_folder, tmp_path, monkeypatch):
