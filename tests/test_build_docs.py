@@ -4,7 +4,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_openai_writer import Server
 from typer.testing import CliRunner
 
@@ -23,6 +25,12 @@ def blocks(language):
 def here(tmp_path, monkeypatch):
     """A folder where the page's paths exist and what it writes does no harm."""
     (tmp_path / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
+    for i in range(4):
+        mask = np.zeros((60, 60), np.uint8)
+        mask[10 : 30 + i, 20:40] = 255
+        for folder in ("images", "masks/lesion"):
+            (tmp_path / "my_data" / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(tmp_path / "my_data" / folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path

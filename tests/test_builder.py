@@ -12,10 +12,11 @@ import sa_med2d
 from PIL import Image
 from sa_med2d import SIZE, rectangle
 
-from medplib.data import ImageSample, Structure, keyed_rng, load_mini
+from medplib.data import ImageSample, Record, Structure, keyed_rng, load_mini, read
 from medplib.data.builder import (
     AbsencePolicy,
     BuildSettings,
+    RecordSamples,
     SAMed2DFolder,
     build_mecovqa,
     check_answer,
@@ -202,7 +203,8 @@ def test_only_what_was_looked_for_is_called_absent():
     assert policy.absent(samples[0], samples[0].names) == ["spleen"]  # not colon: nobody ever drew it
     assert policy.absent(samples[1], samples[1].names) == ["kidney", "kidney tumor", "left lung"]
     assert policy.absent(samples[2], ["optic disc"]) == []
-    assert policy.absent(abdomen(["kidney", "lung"]), []) == ["kidney tumor", "liver", "spleen"]
+    for lungs in ("lung", "lungs"):
+        assert policy.absent(abdomen(["kidney", lungs]), []) == ["kidney tumor", "liver", "spleen"]
     assert policy.absent(abdomen(["kidney tumor"]), []) == ["left lung", "liver", "spleen"]
     assert "spleen" not in policy.absent(samples[0], [*samples[0].names, "spleen"])  # seen, but tiny
     by_case = AbsencePolicy([*samples, abdomen(["spleen"])], scope="case")
@@ -228,6 +230,19 @@ def test_broken_masks_are_left_out_and_never_called_absent(tmp_path):
     assert skipped == {"mask missing": 1, "mask of another size": 1, "mask unreadable": 1}
     assert facts.names == ["kidney tumor"]
     assert "liver" not in AbsencePolicy(SAMed2DFolder(folder)).absent(sample, facts.tiny)
+
+
+def test_a_structure_counts_all_its_instances_or_is_left_out(tmp_path):
+    folder = sa_med2d.write(tmp_path / "sa", cases=2)
+    sample = next(one for one in SAMed2DFolder(folder) if one.dataset == "Polyps")
+    files = [structure.mask for structure in sample.structures]
+    Image.fromarray(rectangle(1, 1, 4, 4) * np.uint8(255)).save(files[0])  # 9 pixels
+    (polyps,) = image_facts(sample).things
+    assert polyps.count == len(files)
+    assert polyps.pixels == sum(pixels(folder, file.relative_to(folder)).sum() for file in files)
+    files[1].unlink()
+    facts = image_facts(sample)
+    assert (facts.things, facts.tiny) == ((), ("polyp",))
 
 
 def test_no_case_is_in_both_splits(built):
@@ -452,9 +467,47 @@ def test_arrays_and_other_picture_formats_become_png(tmp_path):
     samples.append(dataclasses.replace(samples[0], image=tmp_path / "photo.jpg"))
     out = build_mecovqa(samples, tmp_path / "out", BuildSettings(test_share=0), sheet=False).out
     images = {row["image"] for row in rows_of(out)}
-    assert images == {f"images/x_ray--Chest--c{i}--{i:06d}.png" for i in range(3)} | {"images/photo.png"}
-    with Image.open(out / "images/photo.png") as opened:
+    cases = ("c0", "c1", "c2", "c0")
+    assert images == {f"images/x_ray--Chest--{case}--{i:06d}.png" for i, case in enumerate(cases)}
+    assert {(r.modality, r.case) for r in read("mecovqa", out)} == {("X-ray", f"Chest/{c}") for c in cases}
+    with Image.open(out / "images/x_ray--Chest--c0--000003.png") as opened:
         assert (opened.format, opened.size) == ("PNG", SIZE[::-1])
+
+
+def test_records_of_any_reader_become_questions_about_their_masks(tmp_path):
+    rng = np.random.default_rng(0)
+    truth = {}
+    for split in ("train", "test"):
+        for case in ("a b", "c"):
+            image = rng.integers(0, 60_000, SIZE).astype(np.uint16)
+            (tmp_path / "set" / split / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "set" / split / "images" / f"{case}.tif")
+            for label, box in (("left_lung", (5, 5, 25, 40)), ("tumor", (40, 20, 60, 44))):
+                folder = tmp_path / "set" / split / "masks" / label
+                folder.mkdir(parents=True, exist_ok=True)
+                shape = rectangle(*box[:2], box[2] + len(truth), box[3])
+                truth[split, case, label.replace("_", " ")] = shape > 0
+                Image.fromarray(shape * np.uint8(255)).save(folder / f"{case}.png")
+    records = read("folder", tmp_path / "set", split="train", modality="CT", source="mine")
+    samples = RecordSamples(records)
+    assert [(s.case, s.names, s.dataset) for s in samples] == [
+        ("a b", ("left lung", "tumor"), "mine"), ("c", ("left lung", "tumor"), "mine"),
+    ]  # fmt: skip
+    build_mecovqa(samples, tmp_path / "out", BuildSettings(types=("grounding",), per_image=4))
+    built = read("mecovqa", tmp_path / "out", kind="grounding")
+    assert {(r.modality, r.case) for r in built} == {("CT", "mine/a_b"), ("CT", "mine/c")}
+    seen = set()
+    for record in built:
+        case = record.case.removeprefix("mine/").replace("_", " ")
+        for label, mask in zip(record.labels, record.load_masks(SIZE), strict=True):
+            np.testing.assert_array_equal(mask, truth["train", case, label])
+            seen.add((case, label))
+    assert len(seen) == 4
+    assert 0 < built[0].load_images()[0].mean() < 200  # 16 bits, stretched and not cut off
+    with pytest.raises(InputError, match="says no modality"):
+        RecordSamples(read("folder", tmp_path / "set"))
+    with pytest.raises(InputError, match="No record has a mask with a name"):
+        RecordSamples([Record((("Q", "A"),), records[0].images, modality="CT")])
 
 
 def test_the_folder_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):

@@ -96,6 +96,8 @@ def planted(make, kind):
     if kind == "control token":
         texts = ("Yes <mask>.", "Yes </s>", "The <ref>liver.", "<region> is fat", "<gen_7>")
         return [make(10 + i, turns=(("What?", text),), **plain) for i, text in enumerate(texts)]
+    if kind == "long text":
+        return [make(10, turns=(("Why? " * 400, "So."), ("And?", "So. " * 900)), **plain)]
     if kind == "unknown tag":
         return [make(10, turns=(("Is it <b>large</b>? p<0.05, <5 mm", "Yes."),), **plain)]
     if kind == "duplicate":
@@ -118,7 +120,7 @@ def planted(make, kind):
     "kind",
     [
         "unreadable", "empty mask", "mask shape", "mask size", "region outside", "case in splits",
-        "control token", "unknown tag", "duplicate", "near duplicate", "blank picture",
+        "control token", "unknown tag", "long text", "duplicate", "near duplicate", "blank picture",
     ],
 )  # fmt: skip
 def test_each_defect_is_found_under_its_name_and_no_other(make, kind):
@@ -129,6 +131,12 @@ def test_each_defect_is_found_under_its_name_and_no_other(make, kind):
     assert report.fit == (KINDS[kind][0] == "warning")
     assert all(problem.examples for problem in report.problems)
     assert check_records(bad, allow=[kind]).fit
+
+
+def test_a_mask_that_fitting_empties_is_empty(make):
+    area = np.zeros((480, 640), bool)
+    area[3, 3] = True
+    assert kinds(check_records([make(10, area=area)])) == {"empty mask": 1, "mask size": 1}
 
 
 def test_equal_and_similar_pictures_across_splits(make):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from medplib.data import Bytes, File, ImageFile, MaskFile, Record, load_mini, read
 from medplib.data.convert import convert
+from medplib.data.files import Held
 from medplib.errors import InputError, MedPLIBError
 from medplib.prompts.types import Box, Point
 
@@ -83,6 +84,27 @@ def test_mecovqa_layout_reads_back(records, tmp_path):
         "mask fitted to its picture": 1,
         "no split: written to train/": 1,
     }
+
+
+def test_a_denial_stays_among_the_grounding_conversations(records, tmp_path):
+    denial = Record(
+        (("Segment the heart.", "There is no heart."),), records[0].images, extra={"kind": "grounding"}
+    )
+    convert([denial], tmp_path / "out")
+    assert [r.extra for r in read("mecovqa", tmp_path / "out", kind="grounding")] == [{"kind": "grounding"}]
+
+
+def test_arrays_that_differ_in_the_middle_alone_are_told_apart(tmp_path):
+    pictures = [np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)]
+    masks = [np.zeros((64, 64), bool), np.zeros((64, 64), bool)]
+    pictures[1][30], masks[0][20:30, 20:30], masks[1][40, 40] = 9, True, True
+    rows = [
+        Record((("Segment it.", "<SEG>"),), (Held(picture),), masks=(Held(mask),))
+        for picture in pictures for mask in masks
+    ]  # fmt: skip
+    done = convert(rows, tmp_path / "out", "jsonl")
+    assert (done.images, done.masks) == (2, 4)
+    assert loaded(read("jsonl", tmp_path / "out")) == loaded(rows)
 
 
 def test_jsonl_layout_keeps_everything(records, tmp_path):

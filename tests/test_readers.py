@@ -274,6 +274,31 @@ def test_omnimedvqa(tmp_path):
         read("omnimedvqa", tmp_path, split="train")
 
 
+def test_a_choice_keeps_a_letter_that_is_part_of_its_name(tmp_path):
+    put(tmp_path / "images" / "a.jpg")
+    head = [
+        "Figure_path",
+        "Question",
+        "Answer",
+        "Choice A",
+        "Choice B",
+        "Choice C",
+        "Choice D",
+        "Answer_label",
+    ]
+    germs = ["E. coli", "B. cereus", "C. difficile", "S. aureus"]
+    lettered = [f"{letter}: {germ}" for letter, germ in zip("ABCD", germs, strict=True)]
+    rows = [["a.jpg", "Which?", "C. difficile", *germs, ""], ["a.jpg", "Which?", germs[2], *lettered, "C"]]
+    write_csv(tmp_path / "train.csv", [head, *rows])
+    for record in read("pmc_vqa", tmp_path):
+        assert (record.choices, record.turns[0][1]) == (tuple(germs), "C. difficile")
+    options = {f"option_{letter}": group for letter, group in zip("ABCD", ["O", "A", "B", "AB"], strict=True)}
+    row = {"question": "Which blood group?", "gt_answer": "B", "image_path": "images/a.jpg", **options}
+    put(tmp_path / "QA_information" / "Open-access" / "x.json", [row])
+    (record,) = read("omnimedvqa", tmp_path)
+    assert (record.turns[0][1], record.extra["answer_label"]) == ("B", "C")
+
+
 def test_imageclef_2019_and_2021(tmp_path):
     train = tmp_path / "ImageClef-2019-VQA-Med-Training"
     test = tmp_path / "VQAMed2019Test"

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import shutil
 import zipfile
 
 import datasets
@@ -334,6 +335,87 @@ def table(path, *rows):
     return path
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "Image,Question,Answer,Mask\na.png,What?,Fat.,\na.png,Where?,Here.,m.png\n"),
+        ("t.csv", "image;question;answer;mask\na.png;What?;Fat.;\na.png;Where?;Here.;m.png\n"),
+        ("t.tsv", "image\tquestion\tanswer\tmask\na.png\tWhat?\tFat.\t\na.png\tWhere?\tHere.\tm.png\n"),
+        ("t.json", '[{"image": "a.png", "question": "What?", "answer": "Fat."}, {"image": "a.png", '
+         '"question": "Where?", "answer": "Here.", "mask": "m.png"}]'),
+        ("t.jsonl", '{"image": "a.png", "question": "What?", "answer": "Fat."}\n{"image": "a.png", '
+         '"question": "Where?", "answer": "Here.", "mask": ["m.png"]}\n'),
+    ],
+)  # fmt: skip
+def test_a_table_may_be_of_any_common_kind(tmp_path, name, text):
+    picture(tmp_path / "a.png")
+    mask(tmp_path / "m.png", 5)
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    records = read("folder", tmp_path / name)
+    assert [r.turns[0] for r in records] == [("What?", "Fat."), ("Where?", "Here. <SEG>")]
+    assert [m.sum() for m in records[1].to_sample().masks] == [5]
+
+
+def test_a_table_without_rows_or_with_line_ends_of_no_kind_is_refused(tmp_path):
+    (tmp_path / "t.json").write_text('{"image": "a.png", "question": "What?"}')
+    with pytest.raises(InputError, match="must hold a list of rows"):
+        read("folder", tmp_path / "t.json")
+    (tmp_path / "t.csv").write_bytes(b"image,question\ra.png,What?\r")
+    with pytest.raises(InputError, match="is no CSV table near byte 0"):
+        read("folder", tmp_path / "t.csv")
+
+
+def test_an_empty_mask_is_a_denial_where_that_is_said(tmp_path):
+    for name, pixels in (("ill", 5), ("well", 0)):
+        picture(tmp_path / "images" / f"{name}.png")
+        mask(tmp_path / "masks" / "lesion" / f"{name}.png", pixels)
+    (tmp_path / "images" / "._ill.png").write_bytes(b"what a Mac leaves")
+    (tmp_path / "masks" / "lesion" / "._ill.png").write_bytes(b"what a Mac leaves")
+    assert [len(r.masks) for r in read("folder", tmp_path)] == [1, 1]
+    ill, well = read("folder", tmp_path, empty="absent")
+    assert (ill.task, ill.labels, ill.load_masks((20, 30))[0].sum()) == ("grounding", ("lesion",), 5)
+    assert (well.turns, well.masks) == ((("Segment the lesion.", "There is no lesion in this image."),), ())
+    with pytest.raises(InputError, match="empty must be 'drawn' or 'absent', got 'left'"):
+        read("folder", tmp_path, empty="left")
+
+
+def test_masks_without_a_folder_per_class_are_named_by_an_option(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / "images" / f"{name}.jpg")
+        mask(tmp_path / "masks" / f"{name}.png", 5)
+    with pytest.raises(InputError, match=r"no folder per class; say what its masks show by label=NAME"):
+        read("folder", tmp_path)
+    records = read("folder", tmp_path, label="polyp")
+    assert [(r.labels, r.load_masks((20, 30))[0].sum()) for r in records] == [(("polyp",), 5)] * 2
+    assert not records.report
+
+
+def test_a_folder_may_hold_dicom_and_names_what_is_no_picture(tmp_path):
+    files = pytest.importorskip("pydicom.data", reason="reading DICOM needs pydicom")
+    scan = files.get_testdata_file("CT_small.dcm", download=False)
+    (tmp_path / "images").mkdir()
+    shutil.copy(scan, tmp_path / "images" / "ct.DCM")
+    (tmp_path / "images" / "notes.txt").write_text("x")
+    mask(tmp_path / "masks" / "body" / "ct.png", 50, size=(128, 128))
+    records = read("folder", tmp_path)
+    assert records[0].load_images()[0].shape == (128, 128, 3)
+    assert records.report.examples == {
+        ("unknown", "file that is no picture by its name"): ["images/notes.txt"]
+    }
+
+
+def test_masks_of_a_lossy_file_have_no_halo(tmp_path):
+    y, x = np.mgrid[:120, :150]
+    truth = ((x - 70) / 30) ** 2 + ((y - 60) / 20) ** 2 < 1
+    picture(tmp_path / "images" / "a.png", size=truth.shape)
+    for folder, ending in (("j", "jpg"), ("w", "webp")):
+        (tmp_path / "masks" / folder).mkdir(parents=True)
+        white = Image.fromarray(truth.astype(np.uint8) * np.uint8(255))
+        white.save(tmp_path / "masks" / folder / f"a.{ending}", quality=75)
+    for record in read("folder", tmp_path):
+        np.testing.assert_array_equal(record.load_masks(truth.shape)[0], truth)
+
+
 def test_csv_reports_what_it_leaves_out(tmp_path):
     picture(tmp_path / "a.png")
     file = table(
@@ -367,6 +449,16 @@ def test_csv_names_its_splits(tmp_path):
     rows = [("a.png", "Q", "A", "CT", "", split) for split in ("train", "test", "")]
     with pytest.raises(InputError, match=r"table.csv' has no split 'tset'\. Known: test, train\."):
         read("folder", table(tmp_path / "table.csv", *rows), split="tset")
+
+
+def test_a_split_of_what_has_none_is_refused_with_the_remedy(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    mask(tmp_path / "masks" / "lesion" / "a.png", 5)
+    put(tmp_path / "records.jsonl", {"turns": [["Q", "A"]], "images": ["images/a.png"]})
+    file = table(tmp_path / "table.csv", ("images/a.png", "Q", "A"))
+    for name, path in (("folder", tmp_path), ("folder", file), ("jsonl", tmp_path)):
+        with pytest.raises(InputError, match=r"no split 'train', and no other; without one \(null\)"):
+            read(name, path, split="train")
 
 
 def test_csv_that_is_not_utf8_is_refused_with_the_place(tmp_path):
@@ -442,7 +534,7 @@ def test_nnunet_slices_lie_as_a_radiologist_sees_them(tmp_path, version):
         read("nnunet", root, split="val")
     (root / "labelsTr" / "lonely.nii.gz").unlink()
     (root / "labelsTr" / "case.1.nii.gz").write_bytes(b"no volume")
-    with pytest.raises(InputError, match="label volume unreadable"):
+    with pytest.raises(InputError, match="labels unreadable"):
         read("nnunet", root)
 
 
@@ -461,12 +553,33 @@ def test_nnunet_regions_are_unions_of_labels(tmp_path):
     records = read("nnunet", toy_volume(tmp_path, regions), min_pixels=1)
     found = {record.labels[0]: int(record.load_masks((3, 3))[0].sum()) for record in records}
     assert found == {"whole tumor": 5, "core": 4, "enhancing": 1}
-    assert not records.report
+    assert records.report.counts["unknown"] == {"pixels to be ignored, taken as background": 1}
     records = read("nnunet", toy_volume(tmp_path, {"background": 0, "core": [2, 3]}), min_pixels=1)
     assert [record.labels for record in records] == [("core",)]
     assert records.report.counts["unknown"] == {"label 1": 1, "label 4": 1}
     with pytest.raises(InputError, match="names no labels besides the background"):
         read("nnunet", toy_volume(tmp_path, {"background": 0, "ignore": 4}))
+
+
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif"])
+def test_nnunet_sets_of_pictures(tmp_path, ending):
+    labels = np.zeros((20, 30), np.uint8)
+    labels[2:6, 3:9], labels[10:15, 12:20] = 1, 2
+    picture(tmp_path / "imagesTr" / f"c_0000{ending}", 70)
+    (tmp_path / "labelsTr").mkdir()
+    Image.fromarray(labels).save(tmp_path / "labelsTr" / f"c{ending}")
+    about = {"labels": {"background": 0, "cyst": 1, "all": [1, 2]}, "channel_names": {"0": "R", "1": "G"}}
+    put(tmp_path / "dataset.json", {**about, "file_ending": ending})
+    cyst, both = sorted(read("nnunet", tmp_path), key=lambda record: record.labels, reverse=True)
+    assert (cyst.labels, cyst.case, cyst.load_images()[0].max()) == (("cyst",), "c", 70)
+    np.testing.assert_array_equal(cyst.load_masks((20, 30))[0], labels == 1)
+    np.testing.assert_array_equal(both.load_masks((20, 30))[0], labels > 0)
+    Image.fromarray(labels).save(
+        tmp_path / "labelsTr" / "c.tif", save_all=True, append_images=[Image.fromarray(labels)]
+    )
+    if ending == ".tif":
+        with pytest.raises(InputError, match="holds 2 pictures; a case of pictures has one"):
+            read("nnunet", tmp_path)
 
 
 # ------------------------------------------------------------------------------------------ COCO

@@ -92,6 +92,12 @@ def test_settings_are_changed_by_dotted_keys_and_checked():
         load_recipe("tiny", stages="alig")
 
 
+def test_settings_given_from_python_stay_as_they_are():
+    changes = {"data.qa": {"reader": "folder", "path": "x"}, "data.qa.weight": 2.0}
+    assert load_recipe("lora", changes).data["qa"].weight == 2.0
+    assert changes == {"data.qa": {"reader": "folder", "path": "x"}, "data.qa.weight": 2.0}
+
+
 def test_an_unknown_recipe_lists_the_shipped_ones(tmp_path):
     with pytest.raises(UnknownNameError, match=r"no recipe file 'tinny'.*Did you mean 'tiny'"):
         load_recipe("tinny")

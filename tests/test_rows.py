@@ -85,6 +85,22 @@ def test_csv_rows_with_quotes_line_breaks_and_a_mark(tmp_path):
     assert kept.tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("sign", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
+def test_a_csv_row_ends_at_its_line_and_at_no_other_separator(tmp_path, sign):
+    path = tmp_path / "table.csv"
+    path.write_text(f"a,b\r\nx{sign}y,z{sign}w\r\n1,2\r\n", encoding="utf-8", newline="")
+    rows, _ = index_csv(path, lambda number, row: True)
+    assert [rows[0], rows[1]] == [{"a": f"x{sign}y", "b": f"z{sign}w"}, {"a": "1", "b": "2"}]
+
+
+def test_a_text_cut_within_a_character_is_one_that_can_be_written(tmp_path):
+    path = tmp_path / "list.json"
+    path.write_text('[{"q": "cut \\ud83d", "\\ud83d\\ude00": ["\\ud83d\\ude00"]}]')
+    rows, _ = index_json(path, lambda number, row: True)
+    assert rows[0] == {"q": "cut \ufffd", "\U0001f600": ["\U0001f600"]}
+    assert rows[0]["q"].encode("utf-8").decode("utf-8") == rows[0]["q"]
+
+
 def test_csv_that_is_not_utf8_is_refused_with_its_place(tmp_path):
     (tmp_path / "table.csv").write_bytes(b"a,b\n1,2\n3,\xe9\n")
     with pytest.raises(InputError, match="not UTF-8 text: byte 10 is 0xe9"):
@@ -93,7 +109,7 @@ def test_csv_that_is_not_utf8_is_refused_with_its_place(tmp_path):
 
 def test_a_mark_is_no_part_of_the_first_row(tmp_path):
     (tmp_path / "lines.txt").write_text("\ufeffa,b\n", encoding="utf-8")
-    rows, _ = index_csv(tmp_path / "lines.txt", lambda number, row: True, ParseCsv())
+    rows, _ = index_csv(tmp_path / "lines.txt", lambda number, row: True, ParseCsv(header=False))
     assert rows[0] == ["a", "b"]
 
 

@@ -21,7 +21,7 @@ from medplib.errors import CheckpointError, InputError, MedPLIBError
 from medplib.training import chain, checks, snapshots, trainer, watch
 from medplib.training.batches import augmentation
 from medplib.training.chain import train
-from medplib.training.recipe import make_recipe
+from medplib.training.recipe import Source, load_recipe, make_recipe
 
 NOISY = {"experts": ["grounding", "vqa"], "gate_args": {"noise": "gumbel", "bias_rate": 0.01, "seed": 3}}
 
@@ -195,6 +195,11 @@ def test_the_log_holds_losses_by_task_and_the_routing(tiny_folder, tmp_path):
     assert total == {layer: sum(v) for layer, v in per_layer.items()}
 
 
+def test_the_last_steps_are_logged_however_few(tiny_folder, tmp_path):
+    run(tiny_folder, tmp_path, log_steps=3)
+    assert [line["step"] for line in log_lines(tmp_path) if "loss" in line] == [3, 4]
+
+
 def test_pictures_show_fixed_records_and_change_no_number(noisy_folder, tmp_path):
     run(noisy_folder, tmp_path / "without")
     asked = records(6)
@@ -209,6 +214,16 @@ def test_pictures_show_fixed_records_and_change_no_number(noisy_folder, tmp_path
     assert [row["question"] for row in rows[0]] == [r.turns[0][0] for r in asked[:3]]
     with_pictures, without = newest_state(tmp_path / "with"), newest_state(tmp_path / "without")
     assert all(torch.equal(torch.as_tensor(with_pictures[k]), torch.as_tensor(without[k])) for k in without)
+
+
+def test_pictures_without_records_to_ask_are_refused_before_anything(tiny_folder, tmp_path):
+    wish = recipe(tiny_folder, tmp_path / "run", sample_steps=2)
+    with pytest.raises(InputError, match="validation names no source; name one"):
+        train(wish, sources={"some": records()})
+    wish.validation = {"held": Source("folder", path=str(tmp_path / "gone"))}
+    with pytest.raises(InputError, match=r"validation\.held: there is no .*--set validation\.held\.path="):
+        train(wish, sources={"some": records()})
+    assert not any((tmp_path / "run").glob("*"))
 
 
 def test_nan_stops_the_run_and_the_batch_is_kept(tiny_folder, tmp_path, monkeypatch):
@@ -352,6 +367,24 @@ def test_a_row_that_cannot_be_read_is_one_clear_line(tiny_folder, tmp_path, work
 def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augment, message):
     with pytest.raises(MedPLIBError, match=message):
         augmentation(recipe("model", tmp_path, augment=augment))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load": {1: 2}}, "load has no argument '1'"),
+        ({"augment": {"transform": {}}}, "transform must be a table"),
+        ({"augment": {"transform": {1: 2}}}, "has no '1'"),
+        ({"stages.align.loss_weights": {1: 2}}, "weighs 1; the losses are"),
+        ({"stages.align.batch_size": 10**30}, "An epoch may have 2147483648 samples"),
+        ({"samples_per_epoch": 10**30}, "An epoch may have 2147483648 samples"),
+    ],
+)
+def test_a_setting_of_no_use_is_an_error_of_ours(tmp_path, changes, message):
+    recipe = load_recipe("tiny", {"out": str(tmp_path / "run"), **changes}, stages="align")
+    with pytest.raises(MedPLIBError, match=message):
+        checks.check_run(recipe)
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_sizes_that_do_not_divide_are_refused_with_one_that_does(tiny_folder, tmp_path):

@@ -204,6 +204,7 @@ def test_what_is_wrong_with_the_last_stage_is_said_before_the_first_trains(
         ({"load": {"quantize": "int4"}}, "int4 computes in bfloat16; leave dtype='float32' out"),
         ({"report_to": ["foo"]}, "report_to: foo is not supported"),
         ({"report_to": ["neptune"]}, r"report_to.*neptune.* is not"),
+        ({"sample_steps": 2}, "validation names no source; name one"),
         ({"mask_weights": "nope.pth"}, r"mask_weights: there is no file 'nope\.pth'"),
         ({"moe": {"capacity_factor": "x"}}, r"moe: .*capacity_factor"),
         ({"stages": {"mine": {**STAGES["vqa"], "base": "vqa", "start": "nope"}}}, "No model named 'nope'"),

@@ -186,6 +186,8 @@ def test_the_fingerprint_follows_the_records(mini):
 def test_sources_that_cannot_be_opened_name_the_setting():
     with pytest.raises(InputError, match=r"data\.x: path is missing"):
         open_source("x", Source("slake"))
+    with pytest.raises(InputError, match=r"data\.x: there is no 'gone'; give --set data\.x\.path=FOLDER"):
+        open_source("x", Source("folder", path="gone"))
 
 
 @pytest.mark.parametrize(

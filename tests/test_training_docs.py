@@ -1,6 +1,8 @@
 """docs/training.md: its Python runs, and its table is what the formulas give."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
+from medplib.apps.cli import app
 from medplib.configuration import MedPLIBConfig
 from medplib.data import read
 from medplib.modeling import MedPLIB
@@ -54,6 +58,23 @@ def test_the_yaml_of_the_page_trains(my_data):
     mine = read("folder", "my_data", split=None)
     (stage,) = train(load_recipe("lora", changes | yaml.safe_load(block)), sources={"mine": mine})
     assert (stage.folder / "model.safetensors").is_file()
+
+
+def test_the_commands_for_images_of_ones_own_run(my_data):
+    (block,) = re.findall(r"^```bash\n(medplib data check my_data .*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    (more,) = re.findall(r"`(--set data\.qa\.reader=.*?)`", TEXT)
+    rows = [
+        {"image": f"my_data/images/{i}.png", "question": "Is it large?", "answer": "No."} for i in range(4)
+    ]
+    Path("my_questions.json").write_text(json.dumps(rows))
+    for line in block.splitlines():
+        words = shlex.split(line.replace("steps=40", "steps=1"))[1:]
+        if words[0] == "train":
+            words += [*shlex.split(more), "--set", "stages.mixture.batch_size=4"]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (line, done.output)
+    log = [json.loads(line) for line in Path("runs/spots/mixture/log.jsonl").read_text().splitlines()]
+    assert {"ce_vqa", "ce_grounding"} <= set(log[0])
 
 
 @pytest.mark.parametrize("name", ["grounding", "mixture"])

@@ -19,10 +19,10 @@ class UnknownNameError(MedPLIBError, LookupError):
     """A name that is in no registry, folder or table; the message lists close matches."""
 
     @classmethod
-    def among(cls, message: str, name: str, known: Iterable[object]) -> UnknownNameError:
+    def among(cls, message: str, name: object, known: Iterable[object]) -> UnknownNameError:
         """The error that says `message`, the known name closest to `name`, and all that are known."""
         names = [str(k) for k in known]
-        close = difflib.get_close_matches(name, names, n=1)
+        close = difflib.get_close_matches(str(name), names, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return cls(f"{message}{hint} Known: {', '.join(names) or 'none'}.")
 

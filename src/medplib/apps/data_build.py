@@ -1,4 +1,4 @@
-"""`medplib data build`: a folder in SA-Med2D's layout -> conversations in MeCoVQA's format."""
+"""`medplib data build`: images with masks, of any reader -> conversations in MeCoVQA's format."""
 
 from __future__ import annotations
 
@@ -48,7 +48,16 @@ Cache = Annotated[
 ]
 Source = Annotated[
     Path,
-    typer.Argument(metavar="SRC", help="A folder in SA-Med2D-20M's layout, with its two JSON files."),
+    typer.Argument(metavar="SRC", help="A folder in SA-Med2D-20M's layout, or what --format says."),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="What SRC is: a reader, as `medplib info` lists them."),
+]
+Split = Annotated[str | None, typer.Option(help="Of SRC, with --format; all without.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="KEY=VALUE", help="Of the reader, such as modality=CT. Repeatable."),
 ]
 Negatives = Annotated[float, typer.Option(min=0, max=1, help="Share of questions about absent structures.")]
 
@@ -56,6 +65,9 @@ Negatives = Annotated[float, typer.Option(min=0, max=1, help="Share of questions
 def build(
     source: Source,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder to write.")],
+    layout: Layout = None,
+    split: Split = None,
+    option: Options = None,
     seed: Annotated[int, typer.Option(help="Seed of questions and split.")] = 0,
     per_image: Annotated[int, typer.Option(min=1, help="Conversations per image and type.")] = 2,
     types: Types = "grounding,region,complex",
@@ -80,10 +92,10 @@ def build(
 ) -> None:
     """Make grounding, region and complex conversations from images with masks, in MeCoVQA's format.
 
-    SRC holds images/, masks/, SAMed2D_v1.json and SAMed2D_v1_class_mapping_id.json. Train and test are split
-    by case. The folder appears complete or not at all.
+    SRC holds images/, masks/, SAMed2D_v1.json and SAMed2D_v1_class_mapping_id.json, or is in another --format
+    whose masks have names. Train and test are split by case. The folder appears complete or not at all.
     """
-    from medplib.data.builder import BuildSettings, SAMed2DFolder, build_mecovqa
+    from medplib.data.builder import BuildSettings, build_mecovqa
 
     with errors_in_one_line():
         settings = BuildSettings(
@@ -104,10 +116,21 @@ def build(
         chosen = _writer(
             writer, base_url, model, api_key_env, concurrency, cache or Path(f"{out.resolve()}.answers")
         )
-        samples = SAMed2DFolder(source)
+        samples = _samples(source, layout, split, option)
         report = build_mecovqa(samples, out, settings, writer=chosen, link=not copy, overwrite=overwrite)
     _show(report)
     typer.echo(f"Written to {printable(str(out))}: look at sheet.png and statistics.json there.")
+
+
+def _samples(source: Path, layout: str | None, split: str | None, option: list[str] | None) -> Any:
+    from medplib.apps.data_cli import read_records
+    from medplib.data.builder import RecordSamples, SAMed2DFolder
+
+    if layout is not None:
+        return RecordSamples(read_records(source, layout, split, option))
+    if split is not None or option:
+        raise InputError("--split and --option are for the reader that --format names.")
+    return SAMed2DFolder(source)
 
 
 def _writer(

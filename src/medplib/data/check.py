@@ -17,7 +17,7 @@ import numpy as np
 from medplib.conversation import CONTROL_TOKENS, IMAGE, REGION, SEG
 from medplib.data.duplicates import close_pairs, difference_hash
 from medplib.data.files import digest64, identity
-from medplib.data.record import Record
+from medplib.data.record import Record, fit_mask
 from medplib.data.report import ACTIONS, EXAMPLES, ReadReport
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
@@ -25,7 +25,7 @@ from medplib.prompts.types import Box, Point
 KINDS = {  # kind: (level, what it means)
     "missing": ("error", "rows whose picture or mask is not there"),
     "unreadable": ("error", "pictures or masks that cannot be read"),
-    "empty mask": ("error", "masks and regions without a pixel"),
+    "empty mask": ("error", "masks and regions without a pixel; deny them in words (folder: empty=absent)"),
     "mask shape": ("error", "masks of another aspect ratio than their picture"),
     "region outside": ("error", "boxes and points that do not lie in the picture"),
     "case in splits": ("error", "cases (patients, volumes) in more than one split"),
@@ -37,10 +37,12 @@ KINDS = {  # kind: (level, what it means)
     "alike in splits": ("warning", "near duplicates in more than one split"),
     "blank picture": ("warning", "pictures of one brightness"),
     "unknown tag": ("warning", "words in <> that are no control tokens"),
+    "long text": ("warning", "questions that training may refuse: its max_length cannot cut them"),
     "dropped": ("warning", "rows that gave no record"),
     "repaired": ("warning", "rows that were repaired"),
     "unknown": ("warning", "labels, modalities or names that were not understood and left out"),
 }
+LONG = 1500  # characters; a token has three or four, and an image takes 576 of the 1024 to 2048 tokens
 _TAG = re.compile(r"</?[A-Za-z_]\w*>")
 _CONTROL = re.compile("|".join(map(re.escape, (*CONTROL_TOKENS, IMAGE, "</s>", "<s>"))) + r"|<gen_\d+>")
 
@@ -203,6 +205,9 @@ class _Census:
 
     def _words(self, record: Record) -> None:
         where = f"{record.source} {record.row}"
+        asked, said = record.turns[0]  # later turns are left out where a text is too long
+        if (length := len(asked) + (len(said) if SEG in said else 0)) > LONG:
+            self.add("long text", f"{where}: {length} characters, {asked[:80]!r}")
         for question, answer in record.turns:
             for text, allowed in ((question, {REGION}), (answer, {SEG, "<ref>", "</ref>"})):
                 for tag in {*_TAG.findall(text), *_CONTROL.findall(text)}:
@@ -256,7 +261,7 @@ class _Census:
         except InputError as error:
             self.add("unreadable", str(error))
             return
-        if not mask.any():
+        if not fit_mask(mask, size).any():
             self.add("empty mask", where)
         if mask.shape != size:
             height, width = mask.shape

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from PIL import Image
 
 from medplib.conversation import IMAGE, REGION, SEG
 from medplib.data.files import identity
-from medplib.data.names import CLASSES, slice_name
+from medplib.data.names import CLASSES, safe_part, slice_name
 from medplib.data.record import Record, fit_mask
 from medplib.data.report import ReadReport
 from medplib.errors import InputError, MedPLIBError
@@ -116,7 +115,7 @@ class _Folder:
         if len(record.images) != 1:
             raise InputError(f"MeCoVQA has one picture per row, this record {len(record.images)}; use jsonl.")
         image, size = self._picture(record.images[0], record)
-        names = _labels(record)
+        names = label_names(record)
         regions = [self._mask(r, image, size, n) for r, n in zip(record.regions, names[1], strict=True)]
         masks = [self._mask(m, image, size, n) for m, n in zip(record.masks, names[0], strict=True)]
         talk = []
@@ -132,8 +131,10 @@ class _Folder:
             row["answer_type"] = record.answer_type.upper()
         if record.split is None:
             self.done.report.add("repaired", "no split: written to train/", f"{record.source} {record.row}")
-        split = "zeroshot4grounding" if record.split == "zeroshot" else _safe(record.split or "train")
-        return f"{split}/MeCoVQA-{_KINDS[record.task]}.json", row
+        split = "zeroshot4grounding" if record.split == "zeroshot" else safe_part(record.split or "train")
+        kind = str(record.extra.get("kind")).capitalize()  # a denial without a mask stays among Grounding
+        kind = kind if kind in _KINDS.values() else _KINDS[record.task]
+        return f"{split}/MeCoVQA-{kind}.json", row
 
     def jsonl(self, record: Record) -> tuple[str, dict[str, Any]]:
         """(file, row) of our own format. Raises InputError."""
@@ -142,7 +143,7 @@ class _Folder:
         for pixels in record.images:
             image, size = self._picture(pixels, record)
             images.append(image)
-        names, regions = _labels(record), []
+        names, regions = label_names(record), []
         for region, label in zip(record.regions, names[1], strict=True):
             if isinstance(region, Box):
                 regions.append({"box": [region.x0, region.y0, region.x1, region.y1]})
@@ -192,12 +193,12 @@ class _Folder:
         """Its own name if that is of SA-Med2D's kind, else one that says modality, data set and case."""
         known = slice_name(given)
         if known is not None and known.class_id is None:
-            stem = "--".join(_safe(part) for part in known[:4])
+            stem = "--".join(safe_part(part) for part in known[:4])
         else:
-            prefix = _PREFIXES.get(record.modality, f"{_safe(record.modality or 'other')}_00")
+            prefix = _PREFIXES.get(record.modality, f"{safe_part(record.modality or 'other')}_00")
             dataset, _, case = (record.case or "").rpartition("/")
             parts = (prefix, dataset or record.source, case or f"row{record.row}", f"{len(self._used):07d}")
-            stem = "--".join(_safe(part) for part in parts)
+            stem = "--".join(safe_part(part) for part in parts)
         if stem in self._used:
             stem += f"_{len(self._used)}"
         self._used.add(stem)
@@ -230,7 +231,7 @@ class _Folder:
         return name
 
 
-def _labels(record: Record) -> tuple[list[str | None], list[str | None]]:
+def label_names(record: Record) -> tuple[list[str | None], list[str | None]]:
     """The names of the masks and of the regions, as far as they are known."""
     masks, regions, labels = len(record.masks), len(record.regions), list(record.labels)
     if len(labels) == masks + regions:
@@ -246,11 +247,6 @@ def _fill(text: str, token: str, form: str, names: list[str]) -> str:
     """Each `token` of the text with the next of `names`, which are used up."""
     parts = text.split(token)
     return parts[0] + "".join(form.format(names.pop(0)) + part for part in parts[1:])
-
-
-def _safe(part: str) -> str:
-    """A part of a file name: no separators, no `--`."""
-    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.-]+", "_", part)).strip("-") or "x"
 
 
 def _save(array: np.ndarray, path: Path) -> None:

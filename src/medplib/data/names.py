@@ -75,6 +75,11 @@ def slice_name(path: str) -> SliceName | None:
     return SliceName(*parts) if len(parts) == 4 and all(parts) else None
 
 
+def safe_part(part: str) -> str:
+    """A part of such a name: no separators, no `--`."""
+    return re.sub(r"-{2,}", "-", re.sub(r"[^\w.-]+", "_", part)).strip("-") or "x"
+
+
 def modality_of(words: str | None) -> str | None:
     """One of MODALITIES, by its name or in a data set's own words, as "CT(Computed Tomography)"; None if
     unknown."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import io
 import json
 import os
+import re
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -136,15 +138,19 @@ def _finish(
 
 @dataclass(frozen=True)
 class ParseCsv:
-    """Bytes of one row -> {column: text}, or [text] without columns."""
+    """Bytes of one row -> {column: text}, or [text] without columns.
+
+    header: whether the first row of a file names the columns.
+    """
 
     columns: tuple[str, ...] = ()
     delimiter: str = ","
     quoting: int = csv.QUOTE_MINIMAL
+    header: bool = True
 
     def __call__(self, data: bytes) -> Any:
-        text = data.decode("utf-8-sig").splitlines(keepends=True)
-        return self.of(next((row for row in self.reader(text) if row), []))
+        lines = io.StringIO(data.decode("utf-8-sig"), newline="\n")  # cut at \n alone, as files are
+        return self.of(next((row for row in self.reader(lines) if row), []))
 
     def reader(self, lines: Iterable[str]) -> Any:
         """Python's reader with these settings."""
@@ -177,14 +183,30 @@ def text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
             yield start, text
 
 
-def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None) -> tuple[TextRows, Any]:
-    """The rows of a CSV file, and the numbers of those that `look(number, row)` keeps (None: all).
+def csv_header(path: str | os.PathLike, parse: ParseCsv | None = None) -> ParseCsv:
+    """`parse` with the columns that the first row of a file names. Raises InputError for an empty file."""
+    parse = parse or ParseCsv()
+    for _, fields in _csv_fields(path, parse):
+        return replace(parse, columns=tuple(name.strip() for name in fields))
+    raise InputError(f"{os.fspath(path)!r} is empty; its first line should name the columns.")
 
-    Without `parse` the first row names the columns. Raises InputError for a file that is no such table.
+
+def scan_csv(path: str | os.PathLike, parse: ParseCsv | None = None) -> Iterator[tuple[int, Any]]:
+    """(byte position, row) of every row of a CSV file. Without columns in `parse` the first row names them.
+
+    Raises InputError for a file that is no such table.
     """
-    path = os.fspath(path)
-    stamp = _stamp(path)
-    starts, kept, position = array("Q"), array("Q"), 0
+    parse = parse or ParseCsv()
+    rows = _csv_fields(path, parse)
+    if parse.header:
+        parse = parse if parse.columns else csv_header(path, parse)
+        next(rows, None)
+    yield from ((start, parse.of(fields)) for start, fields in rows)
+
+
+def _csv_fields(path: str | os.PathLike, parse: ParseCsv) -> Iterator[tuple[int, list[str]]]:
+    """(byte position, fields) of every row that has some."""
+    start = position = 0
 
     def lines() -> Iterator[str]:
         nonlocal position
@@ -192,22 +214,32 @@ def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None
             position = end
             yield line
 
-    start = 0
-    reader = (parse or ParseCsv()).reader(lines())
     try:
-        for fields in reader:
-            if fields and parse is None:
-                parse = ParseCsv(tuple(name.strip() for name in fields))
-            elif fields:
-                starts.append(start)
-                if look(len(starts) - 1, parse.of(fields)):
-                    kept.append(len(starts) - 1)
+        for fields in parse.reader(lines()):
+            if fields:
+                yield start, fields
             start = position
     except csv.Error as error:
-        raise InputError(f"{path!r} is no CSV table near byte {start}: {error}.") from error
-    if parse is None:
-        raise InputError(f"{path!r} is empty; its first line should name the columns.")
-    starts.append(position)
+        raise InputError(
+            f"{os.fspath(path)!r} is no CSV table near byte {start}: {error}. Save it again as CSV in UTF-8."
+        ) from error
+
+
+def index_csv(path: str | os.PathLike, look: Look, parse: ParseCsv | None = None) -> tuple[TextRows, Any]:
+    """The rows of a CSV file, and the numbers of those that `look(number, row)` keeps (None: all).
+
+    Without columns in `parse` the first row names them. Raises InputError for a file that is no such table.
+    """
+    path, parse = os.fspath(path), parse or ParseCsv()
+    stamp = _stamp(path)
+    if parse.header and not parse.columns:
+        parse = csv_header(path, parse)
+    starts, kept = array("Q"), array("Q")
+    for start, row in scan_csv(path, parse):
+        starts.append(start)
+        if look(len(starts) - 1, row):
+            kept.append(len(starts) - 1)
+    starts.append(stamp[0])
     return _finish(path, starts, kept, stamp, parse)
 
 
@@ -239,11 +271,15 @@ def index_json(path: str | os.PathLike, look: Look) -> tuple[TextRows, Any]:
 
 
 def parse_json(data: bytes) -> Any:
-    """The first JSON value in `data`, or the first pair (key, value), whatever follows it."""
+    """The first JSON value in `data`, or the first pair (key, value), whatever follows it.
+
+    Half a surrogate pair, as a text cut at a number of UTF-16 units ends in, becomes U+FFFD.
+    """
     text = data.decode("utf-8", "replace")
     first, end = _DECODER.raw_decode(text)
     rest = text[end:].lstrip()
-    return (first, _DECODER.raw_decode(rest[1:].lstrip())[0]) if rest.startswith(":") else first
+    value = (first, _DECODER.raw_decode(rest[1:].lstrip())[0]) if rest.startswith(":") else first
+    return _whole_characters(value) if _SURROGATE.search(text) else value
 
 
 def scan_json(path: str | os.PathLike, inside: Sequence[str] = ()) -> Iterator[tuple[str | None, int, Any]]:
@@ -254,7 +290,7 @@ def scan_json(path: str | os.PathLike, inside: Sequence[str] = ()) -> Iterator[t
     InputError, with the position, for text that is no JSON.
     """
     with _Text(path) as text:
-        if text.path.endswith((".jsonl", ".ndjson")):
+        if text.path.lower().endswith((".jsonl", ".ndjson")):
             yield from ((None, *item) for item in text.items(""))
         elif text.peek() == "[":
             yield from ((None, *item) for item in text.items("]"))
@@ -275,6 +311,18 @@ def scan_json(path: str | os.PathLike, inside: Sequence[str] = ()) -> Iterator[t
 
 
 _DECODER = json.JSONDecoder()
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _whole_characters(value: Any) -> Any:
+    """A JSON value whose texts UTF-8 can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_whole_characters, value))
+    return value
 
 
 class _Text:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,26 +31,28 @@ TIERS = ("real", "simulated", "synthetic")
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """A named mask. `mask` is bool (H, W) or the path of an image whose pixels >= 1 are foreground.
+    """A named mask. `mask` is bool (H, W), the path of an image whose pixels >= 1 are foreground, or anything
+    whose `load()` gives the array.
 
     `provenance` says who drew it: expert, atlas, derived, manual, or exact (known from making the image).
     """
 
     name: str
-    mask: np.ndarray | Path
+    mask: np.ndarray | Path | Any
     provenance: str
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSample:
-    """One image with what is known about it. `image` is uint8 (H, W, 3) or the path of an image file.
+    """One image with what is known about it. `image` is uint8 (H, W, 3), the path of an image file, or
+    anything whose `load()` gives the array.
 
     tier       "real", "simulated" (computed from a real image) or "synthetic" (drawn); never pooled in a mean
     count      how many objects of the counted kind the image shows, None where nobody counted
     laterality "left" or "right" where the whole image shows one side of the patient (an eye), else None
     """
 
-    image: np.ndarray | Path
+    image: np.ndarray | Path | Any
     modality: str
     dataset: str
     case: str
@@ -74,7 +77,7 @@ class ImageSample:
         """uint8 (H, W, 3); grey images come back with three equal channels."""
         if isinstance(self.image, Path):
             return _open(self.image, lambda image: np.array(image.convert("RGB")))
-        return self.image
+        return self.image if isinstance(self.image, np.ndarray) else self.image.load()
 
     def load_mask(self, which: int | str) -> np.ndarray:
         """bool (H, W) of a structure, by its number or its name.
@@ -84,7 +87,7 @@ class ImageSample:
         mask = self._structure(which).mask
         if isinstance(mask, Path):
             return _open(mask, foreground)
-        return mask
+        return mask if isinstance(mask, np.ndarray) else mask.load()
 
     def load_masks(self) -> np.ndarray:
         """bool (M, H, W) of all structures, in order; (0, H, W) without structures.

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -24,6 +23,7 @@ from medplib.processing import MedPLIBProcessor, Sample
 from medplib.training.recipe import Recipe
 from medplib.training.sources import Order
 
+MAX_EPOCH = 1 << 31  # samples
 IMAGE_CHARACTERS = 2000  # what an image counts for beside the text, when samples are sorted by length
 
 
@@ -198,9 +198,13 @@ def steps_of(records: int, batch_size: int, epochs: float, steps: int | None) ->
 def order_for(
     records: Mapping[str, Any], weights: Mapping[str, float | None], key: str, seed: int, per_epoch: int
 ):
-    """The Order of a stage over opened sources."""
+    """The Order of a stage over opened sources. Raises InputError for an epoch too long to be shuffled."""
+    if per_epoch > MAX_EPOCH:
+        raise InputError(
+            f"An epoch may have {MAX_EPOCH} samples, got {per_epoch}; lower samples_per_epoch or batch_size."
+        )
     lengths = {name: len(source) for name, source in records.items()}
-    return Order(lengths, weights, seed=seed, per_epoch=int(np.int64(per_epoch)), key=key)
+    return Order(lengths, weights, seed=seed, per_epoch=per_epoch, key=key)
 
 
 def stage_batches(
@@ -227,7 +231,7 @@ def augmentation(recipe: Recipe) -> Augmentation | None:
         return None
     settings = dict(recipe.augment)
     if (named := settings.get("transform")) is not None:
-        if not isinstance(named, Mapping):
+        if not isinstance(named, Mapping) or not named:
             raise InputError(
                 "augment: transform must be a table such as {RandomRotation: {degrees: 10}}, "
                 f"got {named!r:.80}."

@@ -88,7 +88,7 @@ def train(
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         check_writable(out)
-    finished, opened = check_run(recipe, sources)
+    finished, opened = check_run(recipe, sources, validation)
     return [_run(recipe, name, out, opened, validation, progress, main, finished) for name in recipe.stages]
 
 
@@ -238,7 +238,7 @@ def _validation(recipe: Recipe, given: Sequence[Record] | None) -> list[Record]:
         return []
     if given is not None:
         return list(given)[: recipe.samples]
-    opened = list(open_sources(recipe.validation).values())
+    opened = list(open_sources(recipe.validation, table="validation").values())
     rows = [
         (source.draw(0, 0, i)[0] if hasattr(source, "draw") else source[i])
         for i in range(recipe.samples) for source in opened if i < len(source)

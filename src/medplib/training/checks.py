@@ -41,16 +41,24 @@ _LOAD = (
 
 
 def check_run(
-    recipe: Recipe, sources: Mapping[str, Any] | None = None
+    recipe: Recipe, sources: Mapping[str, Any] | None = None, validation: Sequence[Any] | None = None
 ) -> tuple[dict[str, dict[str, Any] | None], dict[str, Any]]:
     """({stage: manifest of its finished model, or None}, {source: records}, the given `sources` among them).
 
     Raises InputError, UnknownNameError or CheckpointError, nothing written, for a setting, file or folder
     that some stage cannot use. A stage to be trained before another counts as finished for that one.
+    validation: records in place of those that the recipe names.
     """
     _check_report_to(recipe.report_to)
     _check_load(recipe.load)
     _check_moe(recipe)
+    if recipe.sample_steps and validation is None:
+        if not recipe.validation:
+            raise InputError(
+                "sample_steps asks for pictures of answers, but validation names no source; name one as in "
+                "data, or set sample_steps=0."
+            )
+        open_sources(recipe.validation, table="validation")
     out = Path(recipe.out).expanduser()
     finished = {name: manifest_of(out / name / "model") for name in recipe.stages}  # it hashes the weights
     intact = [name for name, manifest in finished.items() if manifest is not None]
@@ -128,7 +136,7 @@ def loss_config(stage: Stage) -> LossConfig:
     unknown = set(stage.loss_weights) - known - {"balance"}
     if unknown:
         raise InputError(
-            f"Stage '{stage.name}' weighs {', '.join(sorted(unknown))}; the losses are "
+            f"Stage '{stage.name}' weighs {', '.join(sorted(map(str, unknown)))}; the losses are "
             f"{', '.join(known)}, balance."
         )
     return LossConfig(**{**dict.fromkeys(known, 0.0), **given})

@@ -6,7 +6,7 @@ for page in rehearse(load_recipe("tiny")):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from medplib.configuration import MedPLIBConfig
-from medplib.data.record import TASKS
+from medplib.data.record import TASKS, Record
 from medplib.loading import read_config
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
@@ -75,13 +75,17 @@ class Page:
         return "\n".join(lines)
 
 
-def rehearse(recipe: Recipe | Mapping[str, Any], sources: Mapping[str, Any] | None = None) -> list[Page]:
+def rehearse(
+    recipe: Recipe | Mapping[str, Any],
+    sources: Mapping[str, Any] | None = None,
+    validation: Sequence[Record] | None = None,
+) -> list[Page]:
     """A Page per stage. No weights are loaded and nothing is written.
 
     Raises what the run would raise before it trains, and for a stage that does not fit the model.
     """
     recipe = make_recipe(recipe)
-    _, opened = check_run(recipe, sources)
+    _, opened = check_run(recipe, sources, validation)
     pages, mixed = [], None  # the experts of the last stage that made a mixture
     folder, loaded = start_config(recipe, recipe.model)
     for name in recipe.stages:

@@ -8,6 +8,7 @@ differs from them.
 
 # No `from __future__ import annotations` here: with it the type checks of @strict fall silent.
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -133,7 +134,7 @@ class Recipe:
                          its transform as {name in torchvision.transforms.v2: its arguments}
     gradient_checkpointing  compute activations twice, store them once per layer
     save_steps, keep     a snapshot each so many steps; how many are kept
-    log_steps, report_to a line of log.jsonl each so many steps; also "tensorboard", "wandb", ...
+    log_steps, report_to a line of log.jsonl each so many steps and at the end; "tensorboard", "wandb", ...
     sample_steps, samples  each so many steps (0: never) the model answers so many validation records
     workers              data loader processes
     device               "cpu" or None for the best there is
@@ -302,7 +303,7 @@ def _set(content: dict, key: str, value: Any) -> None:
             )
     if isinstance(place.get(last), dict) and not isinstance(value, dict | None):
         raise InputError(f"{key} is a table of {', '.join(map(str, place[last]))}; set one of those.")
-    place[last] = value
+    place[last] = copy.deepcopy(value)  # a later key may change what is inside
 
 
 def _build(cls: type, value: Any, where: str) -> Any:

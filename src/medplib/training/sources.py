@@ -179,20 +179,23 @@ def _task_shares(
     return {kind: share / len(tasks) for t in tasks for kind, share in MINI_TASKS[t].items()}
 
 
-def open_source(name: str, source: Source) -> Sequence[Record] | Drawn:
-    """The records of a recipe's source. Raises InputError, naming the source."""
+def open_source(name: str, source: Source, table: str = "data") -> Sequence[Record] | Drawn:
+    """The records of a source in this table of a recipe. Raises InputError, naming the source."""
     try:
         if source.reader == "mini":
             check_options(MiniQuestions, source.options, "The mini set")
             return MiniQuestions(split=source.split, **source.options)
         if source.path is None:
             raise InputError("path is missing; name the folder of the data set.")
-        return read(source.reader, Path(source.path).expanduser(), split=source.split, **source.options)
+        path = Path(source.path).expanduser()
+        if not path.exists():
+            raise InputError(f"there is no {source.path!r}; give --set {table}.{name}.path=FOLDER.")
+        return read(source.reader, path, split=source.split, **source.options)
     except InputError as error:
-        raise InputError(f"data.{name}: {error}") from error
+        raise InputError(f"{table}.{name}: {error}") from error
     except TypeError as error:
         raise InputError(
-            f"data.{name}: the options do not fit the reader '{source.reader}': {error}"
+            f"{table}.{name}: the options do not fit the reader '{source.reader}': {error}"
         ) from error
 
 
@@ -250,9 +253,12 @@ class Order:
         return int(kept[1][at])
 
 
-def open_sources(sources: Mapping[str, Source], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """{name: records}, those `given` from Python in place of what the recipe names."""
+def open_sources(
+    sources: Mapping[str, Source], given: Mapping[str, Any] | None = None, table: str = "data"
+) -> dict[str, Any]:
+    """{name: records}, those `given` from Python in place of what this table of the recipe names."""
     given = given or {}
     return {
-        name: given[name] if name in given else open_source(name, source) for name, source in sources.items()
+        name: given[name] if name in given else open_source(name, source, table)
+        for name, source in sources.items()
     }

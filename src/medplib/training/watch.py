@@ -130,6 +130,8 @@ class Watch(TrainerCallback):
     # -- pictures ------------------------------------------------------------------------------------------
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps, too, however few they are
         if self.records and self.sample_steps and state.global_step % self.sample_steps == 0:
             answers = ask_all(model, self.records, self.precision)
             if self.main:

@@ -6,8 +6,8 @@ A name is called absent from an image when
    but never drawn was perhaps never looked for);
 2. the image has no mask of it, not even a tiny, broken or empty one;
 3. it is neither whole nor part of something labelled there, by its words: no "lung" beside a "left lung", no
-   "left lung" beside a "lung", no "kidney" beside a "kidney tumor". A finding may be absent from an organ
-   that is there: "kidney tumor" beside "kidney";
+   "left lung" beside a "lung" or "lungs", no "kidney" beside a "kidney tumor". A finding may be absent from
+   an organ that is there: "kidney tumor" beside "kidney";
 4. it is not listed as unsure for the data set (`unsure`, and `questions.UNLABELLED` for the mini set);
 5. with scope "case", another image of the same case shows it: then it was looked for in this very patient.
    "dataset" (the default) asks for no more than 1 to 4; choose "case" for data sets that were put together
@@ -71,7 +71,7 @@ class AbsencePolicy:
 
 def _unsure_beside(name: str, other: str) -> bool:
     """Whether an image that shows `other` may show `name` without a label (rule 3 above)."""
-    words, others = set(name.lower().split()), set(other.lower().split())
+    words, others = ({word.rstrip("s") for word in text.lower().split()} for text in (name, other))
     if words <= others:
         return True
     return others <= words and not (is_abnormal(name) and not (words - others) & set(SIDES))

@@ -112,7 +112,7 @@ class Thing:
 
 @dataclass(frozen=True, eq=False)
 class ImageFacts:
-    """An image with its structures, large enough to ask about, and what was seen but is too small."""
+    """An image with its structures, large enough to ask about; `tiny`: seen, but too small or not whole."""
 
     sample: ImageSample
     things: tuple[Thing, ...]
@@ -149,30 +149,30 @@ def image_facts(
 ) -> ImageFacts:
     """Read the masks of a sample.
 
-    A mask that is missing, unreadable or not of the image's size is left out and counted in `skipped`; its
-    name still counts as seen. Raises InputError when the image cannot be read.
+    A mask that is missing, unreadable or not of the image's size is counted in `skipped`. Its structure is
+    left out with all its instances, since neither its size nor their number is known, and counts as seen.
+    Raises InputError when the image cannot be read.
     """
     height, width = sample.load_image().shape[:2]
     skipped = {} if skipped is None else skipped
     found: dict[str, list[tuple[np.ndarray, Path | None]]] = {}
-    tiny = []
+    unknown: set[str] = set()
     for number, structure in enumerate(sample.structures):
         name = spoken(structure.name)
         try:
             mask = sample.load_mask(number)
         except (OSError, ValueError) as error:
             kind = "mask missing" if "no image file" in str(error) else "mask unreadable"
-            skipped[kind] = skipped.get(kind, 0) + 1
-            tiny.append(name)
-            continue
-        if mask.shape != (height, width):
-            skipped["mask of another size"] = skipped.get("mask of another size", 0) + 1
-            tiny.append(name)
-        elif mask.sum() < MIN_PIXELS:
-            tiny += [name] if mask.any() else []
         else:
+            kind = None if mask.shape == (height, width) else "mask of another size"
+        if kind is not None:
+            skipped[kind] = skipped.get(kind, 0) + 1
+            unknown.add(name)
+        elif mask.any():
             file = structure.mask if isinstance(structure.mask, Path) else None
             found.setdefault(name, []).append((mask, file))
+    tiny = [name for name, rows in found.items() if np.any([m for m, _ in rows], axis=0).sum() < MIN_PIXELS]
+    found = {name: rows for name, rows in found.items() if name not in unknown and name not in tiny}
     things = [
         Thing(
             (is_abnormal(name) and len(rows) > 1 and plural(name)) or name,
@@ -183,7 +183,7 @@ def image_facts(
         )
         for name, rows in found.items()
     ]
-    return ImageFacts(sample, tuple(things), tuple(n for n in tiny if n not in found), radiological)
+    return ImageFacts(sample, tuple(things), (*tiny, *sorted(unknown)), radiological)
 
 
 def third(share: float) -> int:

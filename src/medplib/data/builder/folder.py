@@ -18,6 +18,7 @@ from PIL import Image
 from medplib.conversation import IMAGE, REGION, SEG
 from medplib.data.builder.pairs import Pair, Target
 from medplib.data.files import File, ImageFile, MaskFile
+from medplib.data.names import safe_part, slice_name
 from medplib.data.record import Record
 from medplib.data.samples import ImageSample
 from medplib.errors import InputError, MedPLIBError
@@ -89,13 +90,16 @@ class MeCoVQAFolder:
             shutil.rmtree(self._staging, ignore_errors=True)
 
     def add_image(self, sample: ImageSample, number: int) -> str:
-        """The image's path in the data set, "images/x.png"; linked, copied or encoded."""
+        """The image's path in the data set, "images/x.png"; linked, copied or encoded.
+
+        A name that is not of SA-Med2D's kind becomes one, which tells modality, data set and case.
+        """
         file = sample.image if isinstance(sample.image, Path) else None
-        if file is not None:
+        if file is not None and slice_name(file.name) is not None:
             stem = file.stem
         else:
             prefix = f"{sample.modality.lower()}_00".replace("-ray_00", "_ray")
-            stem = f"{prefix}--{sample.dataset}--{sample.case}--{number:06d}"
+            stem = "--".join(map(safe_part, (prefix, sample.dataset, sample.case, f"{number:06d}")))
         path = f"images/{stem}.png"
         if file is not None and file.suffix.lower() == ".png":
             self._link(file, path)
@@ -106,7 +110,8 @@ class MeCoVQAFolder:
     def add_mask(self, image: str, target: Target) -> str:
         """The mask's path, "masks/x.png"; its own file where it has one, else 0 and 255."""
         if target.file is not None and target.file.suffix.lower() == ".png":
-            path = f"masks/{target.file.name}"
+            known = slice_name(target.file.name) is not None
+            path = f"masks/{target.file.name if known else f'{Path(image).stem}--{target.label}.png'}"
             self._link(target.file, path)
         else:
             path = f"masks/{Path(image).stem}--{target.label}.png"

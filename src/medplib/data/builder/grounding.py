@@ -8,6 +8,7 @@ import numpy as np
 from medplib.data.builder.facts import Thing
 from medplib.data.builder.pairs import Context, Pair, Target, slug, target
 from medplib.data.builder.words import both, fill, indefinite, is_abnormal, listed
+from medplib.data.questions import MIN_PIXELS
 
 ONE = (
     "Segment {the}.",
@@ -120,7 +121,8 @@ def each(context: Context) -> list[Pair]:
     """Two to five instances that the data set lists one by one: from left to right, a mask for each."""
     for thing in context.facts.things:
         countable = indefinite(thing.single) != thing.single and thing.single[-1].isalpha()
-        if not (countable and 2 <= len(thing.parts) <= 5 and context.new("each", [thing.single])):
+        large = all(part.sum() >= MIN_PIXELS for part in thing.parts)
+        if not (countable and large and 2 <= len(thing.parts) <= 5 and context.new("each", [thing.single])):
             continue
         rows = sorted(
             zip(thing.parts, thing.files, strict=True), key=lambda row: np.nonzero(row[0])[1].mean()

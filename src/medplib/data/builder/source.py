@@ -86,7 +86,7 @@ def _bytes(path: Path) -> bytes:
     if not path.is_file():
         raise InputError(
             f"There is no {path.name} in {str(path.parent)!r}. A folder in SA-Med2D-20M's layout holds "
-            f"images/, masks/, {INDEX} and {CLASSES}."
+            f"images/, masks/, {INDEX} and {CLASSES}; for another layout name its reader by --format."
         )
     return path.read_bytes()
 

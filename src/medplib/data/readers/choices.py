@@ -72,12 +72,14 @@ def read_omnimedvqa(
 def parse_pmc(row: dict[str, str]) -> Vqa:
     """A row of either version's table, its column names in any spelling. Raises Unusable."""
     row = {_plain(str(name)): value for name, value in row.items()}
-    choices = tuple(_without_letter(text_of(row, f"choice{letter}"), letter) for letter in "abcd")
+    choices = tuple(text_of(row, f"choice{letter}") for letter in "abcd")
+    if all(map(_lettered, choices, "abcd")):  # else a letter is part of a name, as in "C. difficile"
+        choices = tuple(map(_without_letter, choices, "abcd"))
     image = text_of(row, "figurepath")
     if not image:
         raise Unusable("no image named")
     answer, label = text_of(row, "answer", "anwser"), text_of(row, "answerlabel").upper()
-    return _choice(text_of(row, "question"), choices, label or answer, answer, image, None, {"figure": image})
+    return _choice(text_of(row, "question"), choices, label, answer, image, None, {"figure": image})
 
 
 def parse_omni(row: Any) -> Vqa:
@@ -91,7 +93,7 @@ def parse_omni(row: Any) -> Vqa:
     extra = {key: row[key] for key in ("dataset", "question_id", "question_type") if key in row}
     extra["modality"] = words
     answer = text_of(row, "gt_answer")
-    return _choice(text_of(row, "question"), choices, answer, answer, image, modality_of(words), extra)
+    return _choice(text_of(row, "question"), choices, "", answer, image, modality_of(words), extra)
 
 
 def _choice(
@@ -103,15 +105,17 @@ def _choice(
     modality: str | None,
     extra: dict[str, Any],
 ) -> Vqa:
-    """The question with its choices; `label` may be a letter, else `answer` is looked for among them."""
+    """The question with its choices. The right one is that of the letter `label`, else the one that `answer`
+    spells, with or without its letter, else that of the letter which the answer is."""
     named = {chr(65 + i): choice for i, choice in enumerate(choices) if choice}
-    label = label.strip().rstrip(".:").upper()
+    label = _letter(label)
     if label not in named:
-        wanted = _without_letter(answer, label[:1]).lower()
-        label = next((letter for letter, choice in named.items() if choice.lower() == wanted), "")
+        spelt = {choice.lower(): letter for letter, choice in reversed(named.items())}
+        said = [answer.lower(), *(_without_letter(answer, letter).lower() for letter in named)]
+        label = next((spelt[text] for text in said if text in spelt), _letter(answer))
     if not question:
         raise Unusable("empty question")
-    if not label or len(named) < 2:
+    if label not in named or len(named) < 2:
         raise Unusable("the answer is none of the choices", f"{image}: {answer!r}")
     offered = tuple(named.values())
     plain(question, named[label])
@@ -129,6 +133,16 @@ def _choice(
 def _plain(column: str) -> str:
     """ "Choice A", "ChoiceA", "choice_a" -> "choicea"."""
     return re.sub(r"[^a-z]", "", column.lower())
+
+
+def _letter(text: str) -> str:
+    """ "a." -> "A"."""
+    return text.strip().rstrip(".:").upper()
+
+
+def _lettered(choice: str, letter: str) -> bool:
+    """Whether a choice begins with its letter, or is empty."""
+    return not choice or _without_letter(choice, letter) != choice
 
 
 def _without_letter(choice: str, letter: str) -> str:

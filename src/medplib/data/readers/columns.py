@@ -1,4 +1,5 @@
-"""Records from a table with columns of your own: what each column may hold, for CSV and Hugging Face tables.
+"""Records from a table with columns of your own: what each column may hold, for CSV, JSON and Hugging Face
+tables.
 
 | column        | holds |
 |---|---|
@@ -165,7 +166,8 @@ def _shapes(row: Mapping[str, Any]) -> list[Box | Point]:
 def check_columns(columns: Mapping[str, str] | None, there: tuple[str, ...], where: str) -> dict[str, str]:
     """{name: column} for a table with these columns. Raises InputError for names that are not there."""
     if columns is None:
-        chosen = {name: name for name in COLUMNS if name in there}
+        named = {column.lower(): column for column in reversed(there)}
+        chosen = {name: name if name in there else named[name] for name in COLUMNS if name in named}
     else:
         chosen = dict(columns)
         for name, column in chosen.items():

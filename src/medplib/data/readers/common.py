@@ -21,6 +21,8 @@ from medplib.data.report import ReadReport
 from medplib.data.rows import ParseCsv, Rows, index_csv, index_json
 from medplib.errors import InputError
 
+DICOM_SUFFIXES = (".dcm", ".dicom")
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val"}
 SPLITS |= {"validation": "val", "dev": "val", "test": "test", "testing": "test"}
@@ -146,7 +148,7 @@ def index(
     def look(number: int, row: Any) -> bool:
         return _passes(check, row, number, path.name, report)
 
-    if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+    if path.suffix.lower() in JSON_SUFFIXES:
         return index_json(path, look)
     return index_csv(path, look, parse)
 
@@ -205,9 +207,16 @@ def of_split(files: Sequence[Path], split: str | None, what: str) -> list[tuple[
     wanted = SPLITS.get(split, split)
     chosen = [(file, name) for file, name in named if name == wanted]
     if not chosen:
-        known = ", ".join(sorted({name for _, name in named if name})) or "none"
-        raise InputError(f"{what} has no split {split!r} here. Known: {known}.")
+        raise no_split(what, split, (name for _, name in named))
     return chosen
+
+
+def no_split(what: str, split: str, known: Iterable[str | None]) -> InputError:
+    """The error for a split that is not there; `known` are the names of those that are."""
+    names = sorted({name for name in known if name})
+    if not names:
+        return InputError(f"{what} has no split {split!r}, and no other; without one (null) all is read.")
+    return InputError(f"{what} has no split {split!r}. Known: {', '.join(names)}.")
 
 
 def image_store(

@@ -28,7 +28,7 @@ from medplib.data.recordset import RecordSet, concat
 from medplib.data.rows import MemoryRows, ParseCsv, text_lines
 from medplib.errors import InputError
 
-LINES = ParseCsv(delimiter="|", quoting=csv.QUOTE_NONE)
+LINES = ParseCsv(delimiter="|", quoting=csv.QUOTE_NONE, header=False)
 _ASKS = re.compile(
     r"\?$|^((in|on|with) )?(what|which|where|who|when|how|why)\b"
     r"|^(is|are|was|were|does|do|did|can|has|have)\b",

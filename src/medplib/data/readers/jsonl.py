@@ -20,6 +20,7 @@ from medplib.data.readers.common import (
     build,
     find_files,
     index,
+    no_split,
     open_store,
 )
 from medplib.data.record import Record
@@ -40,12 +41,14 @@ def read_jsonl(
     images  the folder or zip that file names start from; by default the file's own folder
     """
     only = SPLITS.get(split, split) if split is not None else None
-    report, parts = ReadReport(), []
+    report, parts, skipped = ReadReport(), [], set()
     for file in find_files(path, ("*.jsonl",), "records"):
         store = open_store(images) if images is not None else Store(str(file.parent.resolve()))
         make, listing = JsonlRow(store, only), Listing(store, report)
-        rows, kept = index(file, lambda row, m=make, there=listing: _check(row, m, there), report)
+        rows, kept = index(file, lambda row, m=make, there=listing: _check(row, m, there, skipped), report)
         parts.append((rows, kept, make))
+    if skipped and not report and all(kept is not None and not len(kept) for _, kept, _ in parts):
+        raise no_split(repr(os.fspath(path)), split, skipped)
     return build("the records", parts, report, "Give images=FOLDER if images/ and masks/ lie elsewhere.")
 
 
@@ -65,7 +68,7 @@ class JsonlRow:
         if not isinstance(row, dict):
             raise Unusable("not a record")
         if self.only is not None and row.get("split") != self.only:
-            raise Skip
+            raise Skip(row.get("split"))
         try:
             return Record(
                 turns=tuple(tuple(turn) for turn in row["turns"]),
@@ -84,8 +87,13 @@ class JsonlRow:
         return Box(*region["box"]) if "box" in region else Point(*region["point"])
 
 
-def _check(row: Any, make: JsonlRow, listing: Listing) -> None:
-    make(row, 0)
+def _check(row: Any, make: JsonlRow, listing: Listing, skipped: set[str | None]) -> None:
+    """Raise as `make` does, or for a file that is not there; note the splits that were not asked for."""
+    try:
+        make(row, 0)
+    except Skip as other:
+        skipped.add(other.args[0])
+        raise
     names = (*row.get("images", ()), *row.get("masks", ()), *row.get("regions", ()))
     for name in names:
         if isinstance(name, str) and not listing.has(name):

@@ -1,6 +1,7 @@
 """nnU-Net's raw data sets (versions 1 and 2): a grounding record per slice and structure.
 
 On disk: dataset.json, imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, and likewise imagesTs/, labelsTs/.
+Version 2 also has sets of pictures (file_ending ".png", ".bmp" or ".tif"), a slice each.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from medplib.data.files import File, ImageFile, MaskFile, UnionMask, read_labels
 from medplib.data.names import modality_of, spoken
 from medplib.data.questions import present_answer
-from medplib.data.readers.common import SPLITS, build
+from medplib.data.readers.common import IMAGE_SUFFIXES, SPLITS, build
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
@@ -46,7 +49,8 @@ def read_nnunet(
     window      stored values shown as black and white, such as (-160, 240) HU; None: 0.5 to 99.5 percentiles
     min_pixels  a label with fewer pixels in a slice gives no record
 
-    A region of version 2 ({"whole": [1, 2]}) is a structure too: the union of its labels.
+    A region of version 2 ({"whole": [1, 2]}) is a structure too: the union of its labels. Pixels of the label
+    "ignore" count as background, which is reported.
     Each label volume is read once to find its slices. Reading records at random unpacks a volume each time;
     for training write them out first with `medplib data convert`. Memory: 8 bytes per record.
     """
@@ -62,7 +66,9 @@ def read_nnunet(
     named, modality = _labels(about, root), _modality(about, channel)
     structures = _structures(named, root)
     known = {label for _, labels in named for label in labels}
-    ending, cut = about.get("file_ending") or ".nii.gz", AXES[axis]
+    ignored = {label for name, labels in named if name.lower() == "ignore" for label in labels}
+    ending = about.get("file_ending") or ".nii.gz"
+    cut = 2 if _flat(ending) else AXES[axis]
     report, parts = ReadReport(), []
     for name, suffix in _FOLDERS.items():
         folder = root / f"labels{suffix}"
@@ -70,7 +76,7 @@ def read_nnunet(
             continue
         images = root / f"images{suffix}"
         cases = _cases(folder, images, ending, channel, report)
-        items = _scan(folder, cases, ending, cut, structures, known, min_pixels, report)
+        items = _scan(folder, cases, ending, cut, structures, known, ignored, min_pixels, report)
         make = SliceRow(
             str(images), str(folder), ending, channel, cut, window, structures, modality, root.name, name
         )
@@ -127,17 +133,19 @@ class SliceRow:
         name, labels = self.structures[structure]
         image = os.path.join(self.images, f"{case}_{self.channel:04d}{self.ending}")
         mask = os.path.join(self.labels, case + self.ending)
+        flat = _flat(self.ending)
+        parts = tuple(MaskFile(File(mask), label) for label in labels)
         return Record(
             turns=((f"Segment the {name}.", present_answer([name])),),
-            images=(SliceImage(image, self.axis, index, self.window),),
-            masks=(SliceMask(mask, self.axis, index, labels),),
+            images=(ImageFile(File(image)) if flat else SliceImage(image, self.axis, index, self.window),),
+            masks=(UnionMask(parts) if flat else SliceMask(mask, self.axis, index, labels),),
             source=self.source,
             row=number,
             modality=self.modality,
             case=case,
             split=self.split,
             labels=(name,),
-            extra={"slice": index},
+            extra={} if flat else {"slice": index},
         )
 
 
@@ -154,6 +162,22 @@ def _cases(folder: Path, images: Path, ending: str, channel: int, report: ReadRe
     return found
 
 
+def _flat(ending: str) -> bool:
+    """Whether the files are pictures."""
+    return ending.lower() in IMAGE_SUFFIXES
+
+
+def _values(path: str, flat: bool) -> np.ndarray:
+    """The labels of a volume, or of a picture as (H, W, 1). Raises InputError."""
+    if not flat:
+        return volume(path)
+    labels = read_labels(File(path))
+    with Image.open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{path!r} holds {image.n_frames} pictures; a case of pictures has one.")
+    return labels[..., None]
+
+
 def _scan(
     folder: Path,
     cases: Sequence[str],
@@ -161,6 +185,7 @@ def _scan(
     axis: int,
     structures: Sequence[Structure],
     known: Collection[int],
+    ignored: Collection[int],
     min_pixels: int,
     report: ReadReport,
 ) -> np.ndarray:
@@ -168,13 +193,17 @@ def _scan(
     items = array("Q")
     for number, case in enumerate(cases):
         try:
-            values = volume(str(folder / (case + ending)))
+            values = _values(str(folder / (case + ending)), _flat(ending))
         except InputError as error:
-            report.add("dropped", "label volume unreadable", str(error))
+            report.add("dropped", "labels unreadable", str(error))
             continue
         there = set(np.unique(values).tolist()) - {0}
         for label in sorted(there - set(known)):
             report.add("unknown", f"label {label}", f"{folder.name}/{case}{ending}")
+        if not there.isdisjoint(ignored):
+            report.add(
+                "unknown", "pixels to be ignored, taken as background", f"{folder.name}/{case}{ending}"
+            )
         for place, (name, labels) in enumerate(structures):
             if there.isdisjoint(labels):
                 continue

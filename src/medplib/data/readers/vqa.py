@@ -10,6 +10,7 @@ from typing import Any
 
 from medplib.data.files import Bytes, ImageFile
 from medplib.data.readers.common import (
+    JSON_SUFFIXES,
     Listing,
     Skip,
     Store,
@@ -22,7 +23,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import ParseCsv, Rows, scan_json, text_lines
+from medplib.data.rows import ParseCsv, Rows, scan_csv, scan_json
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ def _check(said: Vqa, listing: Listing | None, report: ReadReport) -> None:
 
 def _images(file: Path, parse: Parse, table: ParseCsv | None) -> Iterator[str]:
     """The names of the images, to find the folder they are in."""
-    if file.suffix.lower() in (".json", ".jsonl", ".ndjson"):
+    if file.suffix.lower() in JSON_SUFFIXES:
         rows = (row for _, _, row in scan_json(file))
     else:
-        rows = _csv_rows(file, table)
+        rows = (row for _, row in scan_csv(file, table))
     for row in rows:
         try:
             image = parse(row).image
@@ -146,11 +147,3 @@ def _images(file: Path, parse: Parse, table: ParseCsv | None) -> Iterator[str]:
             continue
         if isinstance(image, str):
             yield image
-
-
-def _csv_rows(file: Path, table: ParseCsv | None) -> Any:
-    for fields in (table or ParseCsv()).reader(line for _, line in text_lines(file)):
-        if fields and table is None:
-            table = ParseCsv(tuple(name.strip() for name in fields))
-        elif fields:
-            yield table.of(fields)
