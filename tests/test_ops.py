@@ -175,7 +175,9 @@ def test_plan_lists_each_experts_assignments_in_the_order_of_tokens(case, device
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("count", [1023, 1024, 1025, 8192, 8193])  # a kernel's tiles have 1024, a block 8 of them
+@pytest.mark.parametrize(
+    "count", [1023, 1024, 1025, 8192, 8193]
+)  # a kernel's tiles have 1024, a block 8 of them
 def test_plan_holds_where_a_kernels_tiles_and_blocks_end(count, device):
     experts = torch.randint(-1, 4, (count, 1), generator=torch.Generator().manual_seed(count))
     plan = ops.plan(experts.to(device), 3)
