@@ -116,7 +116,7 @@ OURS = "--only medplib --rounds 11"
 ROWS = (
     Row(
         "operators", "benchmarks/operators.py", "--device cuda",
-        "--dim 16 --hidden 32 --tokens 1 20 --rounds 1", needs=60, limit=240,
+        "--dim 16 --hidden 32 --tokens 1 20 --rounds 1", needs=60, limit=180,
         bars=(
             Bar("permute", "TB_s", 3.7, {"operator": "permute"}, (4096, MANY), least=True),
             Bar("combine", "TB_s", 3.7, {"operator": "combine"}, (4096, MANY), least=True),
