@@ -7,8 +7,9 @@
 T tokens, D width, H hidden width, E experts, K experts per token.
 
 Every peer's answer is first checked against a float32 reference, and a wrong one is not timed. Then come
-rounds: in each, every peer runs once, in turn with the dense FFN of one expert's weights; what is printed is
-the median over rounds of the ratio to the dense FFN of the same round. With few tokens the weights' place in
+rounds: in each, every peer runs once (on a GPU QUEUED times without waiting in between, as a model's layers
+do), in turn with the dense FFN of one expert's weights; what is printed is the median over rounds of the
+ratio to the dense FFN of the same round. With few tokens the weights' place in
 memory alone moves a time by a tenth, so all peers are built anew several times. Rows given to experts are
 counted, not computed.
 """
@@ -28,7 +29,10 @@ import torch
 from peers import Absent, Weights, build_peers, reference
 from torch import Tensor, nn
 
+from medplib.experts import dispatch
+
 FEW, BUILDS = 64, 9  # below so many tokens, so many builds
+QUEUED = 8
 SPLITS = ("balanced", "80/20", "99/1", "all-one")
 
 
@@ -47,6 +51,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--builds", type=int, help=f"sets of weights; default {BUILDS} below {FEW} tokens")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--grouped", type=int, help="GROUPED of experts/dispatch.py instead of its own")
+    parser.add_argument("--streamed", type=int, help="STREAMED of experts/dispatch.py instead of its own")
     parser.add_argument("--deepspeed-pin", type=Path, help="folder of an unpacked deepspeed 0.13.1")
     parser.add_argument("--json", type=Path, help="write the numbers here, too")
     options = parser.parse_args()
@@ -81,12 +87,14 @@ def synchronize(device: torch.device) -> None:
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
     """Seconds of one run, averaged over as many as fill `least` seconds."""
+    at_once = QUEUED if device.type == "cuda" else 1
     synchronize(device)
     start = time.perf_counter()
     count = 0
     while True:
-        run()
-        count += 1
+        for _ in range(at_once):
+            run()
+        count += at_once
         synchronize(device)
         spent = time.perf_counter() - start
         if spent >= least:
@@ -218,7 +226,7 @@ def build(options: argparse.Namespace, count: int, kind: str) -> Built:
             absent[name] = why
             del peers[name]
     rows = {name: count_rows(peer, x, training) for name, peer in peers.items()}
-    if kind == "frozen":
+    if kind == "frozen" and "medplib" in peers:
         peers = freeze_half(peers)
     runs: dict[str, Callable[[], object]] = {}
     for name, peer in peers.items():
@@ -230,8 +238,14 @@ def build(options: argparse.Namespace, count: int, kind: str) -> Built:
             runs[name] = compiled(peer, x) if kind == "compiled" else graphed(peer, x)
         except Exception as error:  # not traceable or not capturable, as several say of themselves
             absent[name] = f"not {kind}: {str(error)[:100]}"
+    for name, run in list(runs.items()):
+        try:
+            run()
+        except Exception as error:  # such as a backward that a peer does not have
+            absent[name] = f"fails: {type(error).__name__}: {str(error)[:120]}"
+            del runs[name]
     if "dense" not in runs:
-        raise SystemExit("the dense FFN itself could not be run")
+        raise RuntimeError(f"the dense FFN itself could not be run: {absent['dense']}")
     return Built(runs, rows, absent)
 
 
@@ -253,14 +267,18 @@ def measure(options: argparse.Namespace, count: int, kind: str) -> list[dict]:
     """One line per peer of one pass at one number of tokens, over all its builds."""
     builds = options.builds or (BUILDS if count < FEW else 1)
     seconds: dict[str, list[float]] = {}
+    shares: dict[str, list[float]] = {}
     for _ in range(builds):
         built = build(options, count, kind)
         rounds = max(1, -(-options.rounds // builds))
-        for name, values in time_rounds(built, rounds, count, torch.device(options.device)).items():
+        found = time_rounds(built, rounds, count, torch.device(options.device))
+        for name, values in found.items():
             seconds.setdefault(name, []).extend(values)
+            ratios = [value / dense for value, dense in zip(values, found["dense"], strict=True)]
+            shares.setdefault(name, []).extend(ratios)
     lines = []
     for name, values in seconds.items():
-        ratios = sorted(value / dense for value, dense in zip(values, seconds["dense"], strict=True))
+        ratios = sorted(shares[name])
         lines.append(
             {
                 "pass": kind, "tokens": count, "peer": name, "rows": built.rows.get(name),
@@ -293,11 +311,15 @@ def main() -> None:
     )
     import transformers
 
+    if options.grouped is not None:
+        dispatch.GROUPED = options.grouped
+    if options.streamed is not None:
+        dispatch.STREAMED = options.streamed
     setting = {
         "device": f"{options.device} ({name})", "dtype": str(options.dtype), "torch": torch.__version__,
         "transformers": transformers.__version__, "python": sys.version.split()[0], "D": options.dim,
         "H": options.hidden, "E": options.experts, "K": options.top_k, "split": options.split,
-        "rounds": options.rounds,
+        "rounds": options.rounds, "GROUPED": dispatch.GROUPED, "STREAMED": dispatch.STREAMED,
     }  # fmt: skip
     print("  ".join(f"{key} {value}" for key, value in setting.items()))
     print("ratio: median over rounds of time / time of one expert's dense FFN in that round (quartiles)")
@@ -307,12 +329,16 @@ def main() -> None:
         for count in options.tokens:
             if kind in ("train", "frozen") and count < 64:
                 continue
-            new = measure(options, count, kind)
+            try:
+                new = measure(options, count, kind)
+            except RuntimeError as error:  # such as want of memory; the other sizes may run
+                why = f"fails: {str(error)[:120]}"
+                new = [{"pass": kind, "tokens": count, "peer": "all", "absent": why}]
             lines += new
             for line in new:
                 show(line)
-    if options.json:
-        options.json.write_text(json.dumps({"setting": setting, "lines": lines}, indent=1) + "\n")
+            if options.json:  # as it goes: a limit of time may end this
+                options.json.write_text(json.dumps({"setting": setting, "lines": lines}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,22 @@ def test_router_on_cuda_chooses_and_answers_as_on_cpu():
     torch.testing.assert_close(router.cuda()(x.cuda()).cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
+@compiled_only
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] not in (9, 10),
+                    reason="grouped products wait for this device")  # fmt: skip
+def test_compiled_router_reads_packed_weights_where_they_lie():
+    router = MoERouter(1024, 2, hidden_dim=1024).cuda().bfloat16().eval()
+    x = random(1, 1024, dtype=torch.bfloat16).cuda()
+    run = torch.compile(router, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), router(x), rtol=3e-2, atol=3e-2)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(x)
+    copies = sum(p.numel() * p.element_size() for p in router.experts.parameters())
+    assert torch.cuda.max_memory_allocated() - before < copies / 4
+
+
 def test_random_drops_are_those_of_the_cpu_and_of_a_recomputation():
     def drops(device: str, repeated: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)

@@ -322,6 +322,17 @@ def test_tables_for_a_gpu_have_rows_of_whole_16_bytes_and_any_number_of_experts(
     assert grouped._waits_for_nothing(tokens, torch.bfloat16, table) == taken
 
 
+def test_compiled_code_is_not_taken_for_an_export_which_may_keep_no_packed_weights():
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x + (1 if grouped.is_exporting() else 0)
+
+    zero = torch.zeros(1)
+    assert torch.compile(Asks(), backend="eager", fullgraph=True)(zero) == 0
+    for strict in (True, False):
+        assert torch.export.export(Asks(), (zero,), strict=strict).module()(zero) == 1
+
+
 class Namesake(SwiGLU):
     """Other people's classes of a known name."""
 

@@ -174,6 +174,16 @@ def test_plan_lists_each_experts_assignments_in_the_order_of_tokens(case, device
     assert short.tolist() == order[: sum(counts)]
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "count", [1023, 1024, 1025, 8192, 8193]
+)  # a kernel's tiles have 1024, a block 8 of them
+def test_plan_holds_where_a_kernels_tiles_and_blocks_end(count, device):
+    experts = torch.randint(-1, 4, (count, 1), generator=torch.Generator().manual_seed(count))
+    plan = ops.plan(experts.to(device), 3)
+    assert all(same(a.cpu(), b) for a, b in zip(plan, reference.plan(experts, 3), strict=True))
+
+
 def test_plan_counts_an_index_out_of_range_as_dropped():
     plan = ops.plan(torch.tensor([[7, -3, 1, 0]]), 2)
     assert plan.order.tolist() == [3, 2, -1, -1]
@@ -319,6 +329,25 @@ def test_decode_ffn_is_the_mixture_of_the_chosen_experts(case, dtype, device):
                 expected[token] += weight * (given["down"][expert].double() @ (F.silu(gate) * up))
     limit = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 3e-2)
     torch.testing.assert_close(out.double(), expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chosen", [[[5, 2], [2, 2]], [[8, -1], [3, 8]], [[8, 8]]])
+def test_decode_ffn_runs_an_expert_once_for_all_that_chose_it_and_none_for_no_expert(chosen, device):
+    generator = torch.Generator().manual_seed(0)
+    tokens, gate_up, down, weights = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((len(chosen), 4), (8, 6, 4), (8, 4, 3), (len(chosen), 2))
+    )
+    expected = torch.zeros_like(tokens)
+    for token, experts in enumerate(chosen):
+        for choice, expert in enumerate(experts):
+            if 0 <= expert < 8:
+                gate, up = (gate_up[expert] @ tokens[token]).chunk(2)
+                expected[token] += weights[token, choice] * (down[expert] @ (F.silu(gate) * up))
+    given = (tokens, torch.tensor(chosen), weights, gate_up, down)
+    out = ops.decode_ffn(*(tensor.to(device) for tensor in given))
+    torch.testing.assert_close(out.cpu(), expected)
 
 
 # The same bits from every kernel

@@ -96,10 +96,10 @@ def packed_swiglu(
 ) -> PlainSwiGLU | None:
     """The experts without a copy and without gradient, if they are plain SwiGLU blocks, packed, that a
     grouped product takes as they are."""
-    layers = None if packed is None else _layers(modules)
-    if layers is None or not _are_plain_swiglu(layers):
+    if packed is None or not all(_is_plain_swiglu(expert) for expert in modules.values()):
         return None
-    if not groupable(tokens, layers["up_proj"][0].weight) or (views := packed()) is None:
+    views = packed()
+    if views is None or not groupable(tokens, views["down_proj.weight"]):
         return None
     return PlainSwiGLU(views["gate_up_proj.weight"], views["down_proj.weight"])
 
@@ -121,7 +121,7 @@ def group_experts(
     if not tokens.is_cuda:
         return _layered(layers, None, kind, stacked=False)
     trained = torch.is_grad_enabled() and any(one.weight.requires_grad for one in parts)
-    kept = packed is not None and not trained and not torch.compiler.is_exporting()
+    kept = packed is not None and not trained and not is_exporting()
     return _tables(layers, packed() if kept else None, kind)
 
 
@@ -250,10 +250,21 @@ def _layer_names(expert: nn.Module) -> tuple[str, ...] | None:
     return ("gate_proj", "up_proj", "down_proj")
 
 
+def _is_plain_swiglu(expert: nn.Module) -> bool:
+    """Whether it is a SwiGLU block of three plain linear layers: what `_layers` would find, in less time,
+    which counts where one token runs through many layers."""
+    names = _layer_names(expert)
+    if names is None or len(names) != 3:
+        return False
+    layers = [getattr(expert, name) for name in names]
+    return all(type(one) is nn.Linear and one.bias is None and not _has_more(one) for one in layers)
+
+
 def _has_more(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward: hooks, or a forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in module.__dict__
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = hooked or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
 
 
 def _read(layer: nn.Module) -> _Linear | None:
@@ -284,6 +295,11 @@ def _read(layer: nn.Module) -> _Linear | None:
         return None
     base.dropout = dropouts.pop() if dropouts else 0.0
     return base
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which in torch 2.11 says True to all compiled code."""
+    return torch.compiler._is_exporting_flag
 
 
 def is_silu(activation: object) -> bool:

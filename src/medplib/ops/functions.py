@@ -214,17 +214,17 @@ def uniform(count: int, seed: Tensor | int, device: torch.device | str = "cpu") 
 def _operator(name: str, *args: Any) -> Any:
     """`torch.ops.medplib.<name>`; or its meaning at once, without the 20 us that the dispatcher takes, on the
     CPU where no compiled kernel, gradient or tracer is concerned."""
-    plain = not _loader.loaded("cpu") and not torch.compiler.is_compiling()
-    tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)]
-    if plain and all(_is_plain(tensor) for tensor in tensors):
-        return getattr(reference, name)(*args)
+    if not (_loader.loaded("cpu") or torch.compiler.is_compiling()):
+        given = (t for arg in args for t in (arg if isinstance(arg, list) else (arg,)))
+        if all(_is_plain(tensor) for tensor in given if isinstance(tensor, Tensor)):
+            return getattr(reference, name)(*args)
     return getattr(torch.ops.medplib, name)(*args)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """A tensor on the CPU of which nobody wants a gradient."""
     wanted = tensor.requires_grad and torch.is_grad_enabled()
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and not wanted
+    return tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) and not wanted
 
 
 def _as_seed(seed: Tensor | int, device: torch.device) -> Tensor:

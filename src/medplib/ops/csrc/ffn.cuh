@@ -78,6 +78,15 @@ struct Members {
     return any != 0;
   }
 
+  // The number of the first selected one.
+  __device__ int first() const {
+#pragma unroll
+    for (int word = 0; word < DECODE_WORDS; ++word) {
+      if (words[word] != 0) return word * WARP + __ffs(static_cast<int>(words[word])) - 1;
+    }
+    return DECODE_MAX;
+  }
+
   // Take up to COUNT of the selected ones out; returns how many.
   template <int COUNT>
   __device__ int take(int (&taken)[COUNT]) {
@@ -101,17 +110,21 @@ struct Members {
 
 constexpr int DECODE_UNROLL = 4;
 
-// hidden[a, h] = silu(gate . x) * (up . x) of the expert of assignment a. A warp takes one h of one expert,
-// blockIdx.y, and ends at once if nobody chose that expert.
+// hidden[a, h] = silu(gate . x) * (up . x) of the expert of assignment a. A warp takes one h of one expert: with as
+// many blockIdx.y as experts, of expert blockIdx.y, if anybody chose it; with fewer, one per assignment, of the
+// expert of that assignment, if it is the first to choose it. So few blocks are started in vain.
 template <class T, int N, int COUNT>
 __global__ void __launch_bounds__(FFN_THREADS, 2) decode_hidden_kernel(
-    const T* tokens, const int64_t* experts, const T* gate_up, T* hidden, int n, int k, int64_t dim,
+    const T* tokens, const int64_t* experts, const T* gate_up, T* hidden, int n, int k, int num_experts, int64_t dim,
     int64_t hidden_dim) {
   using P = precise_t<T>;
   const int64_t h = static_cast<int64_t>(blockIdx.x) * FFN_WARPS + warp_index();
+  const bool by_expert = static_cast<int>(gridDim.y) == num_experts;
+  const int64_t expert = by_expert ? static_cast<int64_t>(blockIdx.y) : experts[blockIdx.y];
+  if (h >= hidden_dim || bucket_of(expert, num_experts) == num_experts) return;
   Members members(experts, n);
-  if (h >= hidden_dim || !members.select(blockIdx.y)) return;
-  const T* gate_row = gate_up + (2 * static_cast<int64_t>(blockIdx.y) * hidden_dim + h) * dim;
+  if (!members.select(expert) || (!by_expert && members.first() != static_cast<int>(blockIdx.y))) return;
+  const T* gate_row = gate_up + (2 * expert * hidden_dim + h) * dim;
   const T* up_row = gate_row + hidden_dim * dim;
   const int64_t packs = dim / N;
   int taken[COUNT];

@@ -12,7 +12,7 @@ namespace medplib {
 
 constexpr int TILE = 1024;
 constexpr int TILE_WARPS = TILE / WARP;
-constexpr int64_t ONE_BLOCK = 8 * TILE;  // up to here one block does it all
+constexpr int MOST_TILES = 8;  // up to here one block does it all
 
 struct PlanShape {
   int64_t n, tokens;
@@ -97,7 +97,8 @@ __device__ inline void starts_of(
   }
 }
 
-// All tiles in one block: count, then place.
+// All tiles in one block, MOST_TILES at most: count, then place. Every thread reads its assignments at the beginning,
+// all at once, since one read after another would take longer than the rest.
 template <bool DROP>
 __global__ void __launch_bounds__(TILE) plan_one_block_kernel(PlanShape shape, PlanTensors at) {
   const int buckets = shape.num_experts + 1;
@@ -106,12 +107,16 @@ __global__ void __launch_bounds__(TILE) plan_one_block_kernel(PlanShape shape, P
   int* starts = totals + buckets;               // (B,)
   int* seen = starts + buckets;                 // (B,) in earlier tiles
   for (int b = threadIdx.x; b < buckets; b += TILE) seen[b] = 0;
+  int held[MOST_TILES];
+#pragma unroll
+  for (int tile = 0; tile < MOST_TILES; ++tile) held[tile] = bucket_at<DROP>(tile * TILE + threadIdx.x, shape, at);
   if (!DROP) {
     __syncthreads();
-    for (int64_t first = 0; first < shape.n; first += TILE) {
-      const int bucket = bucket_at<DROP>(first + threadIdx.x, shape, at);
-      const unsigned peers = __match_any_sync(FULL, bucket);
-      if (bucket >= 0 && (peers & ((1u << lane_index()) - 1u)) == 0) atomicAdd(&seen[bucket], __popc(peers));
+#pragma unroll
+    for (int tile = 0; tile < MOST_TILES; ++tile) {
+      if (tile * TILE >= shape.n) break;  // the same for the whole block
+      const unsigned peers = __match_any_sync(FULL, held[tile]);
+      if (held[tile] >= 0 && (peers & ((1u << lane_index()) - 1u)) == 0) atomicAdd(&seen[held[tile]], __popc(peers));
     }
     __syncthreads();
     if (threadIdx.x == 0) starts_of<DROP>(seen, starts, shape, at, true);
@@ -119,9 +124,11 @@ __global__ void __launch_bounds__(TILE) plan_one_block_kernel(PlanShape shape, P
     for (int b = threadIdx.x; b < buckets; b += TILE) seen[b] = 0;
   }
   __syncthreads();
-  for (int64_t first = 0; first < shape.n; first += TILE) {
-    const int64_t item = first + threadIdx.x;
-    const int bucket = bucket_at<DROP>(item, shape, at);
+#pragma unroll
+  for (int tile = 0; tile < MOST_TILES; ++tile) {
+    if (tile * TILE >= shape.n) break;
+    const int64_t item = tile * TILE + threadIdx.x;
+    const int bucket = held[tile];
     const int rank = tile_rank(bucket, buckets, counts, totals);
     if (bucket >= 0) place<DROP>(item, bucket, DROP ? 0 : starts[bucket], seen[bucket] + rank, shape, at);
     __syncthreads();

@@ -179,7 +179,7 @@ void launch_plan(const PlanShape& shape, PlanTensors at, const Tensor& like) {
   const int buckets = shape.num_experts + 1;
   const size_t shared = static_cast<size_t>(TILE_WARPS + 4) * buckets * sizeof(int);
   const Launcher launch(like);
-  if (shape.n <= ONE_BLOCK) {
+  if (shape.n <= MOST_TILES * TILE) {
     launch(plan_one_block_kernel<DROP>, grid_of(1), TILE, shared, shape, at);
     return;
   }
@@ -370,10 +370,11 @@ Tensor swiglu_backward(Tensor grad, Tensor gate_up) {
 template <class T, int N, int COUNT>
 void launch_decode(
     const Launcher& launch, DecodeTensors<T> given, const T* tokens, const T* gate_up, T* hidden) {
+  const int n = given.tokens * given.k;
   launch(
-      decode_hidden_kernel<T, N, COUNT>, grid_of(ceil_div(given.hidden_dim, FFN_WARPS), given.num_experts),
-      FFN_THREADS, 0, tokens, given.experts, gate_up, hidden, given.tokens * given.k, given.k, given.dim,
-      given.hidden_dim);
+      decode_hidden_kernel<T, N, COUNT>,
+      grid_of(ceil_div(given.hidden_dim, FFN_WARPS), std::min(n, given.num_experts)), FFN_THREADS, 0, tokens,
+      given.experts, gate_up, hidden, n, given.k, given.num_experts, given.dim, given.hidden_dim);
   launch(
       decode_down_kernel<T, N, COUNT>, grid_of(ceil_div(given.dim, FFN_WARPS)), FFN_THREADS, 0, given);
 }
