@@ -305,7 +305,9 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    places = [done.stdout.index(f" {name} ") for name in ("ask", "segment", "chat", "evaluate", "train", "info")]
+    places = [
+        done.stdout.index(f" {name} ") for name in ("ask", "segment", "chat", "evaluate", "train", "info")
+    ]
     assert places == sorted(places)
     assert NOTICE in " ".join(done.stdout.split())
 
