@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +112,8 @@ class AnsweringMixin:
         processor, chosen = self._need_processor(), quirks(compat)
         if self.training:
             raise InputError("The model is in training mode; call model.eval() before asking.")
+        if seed is not None and not isinstance(seed, Integral):
+            raise InputError(f"seed must be a whole number or None, got {seed!r}.")
         batch = processor(samples)
         if any(sample.turns[-1][1] is not None for sample in samples):
             raise InputError(
