@@ -312,6 +312,21 @@ def test_help_imports_nothing_heavy():
     assert NOTICE in " ".join(done.stdout.split())
 
 
+def test_paragraphs_of_help_fill_the_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    for words, sentence in (
+        (
+            ["ask"],
+            "stands for the next of them, in the order of the command line. They lie on the first",
+        ),
+        (
+            ["data", "check"],
+            "Exit status 0: fit, perhaps with warnings; 1: not fit; 2: it could not be",
+        ),
+    ):
+        assert sentence in run(*words, "--help")[1]
+
+
 def test_the_version_is_shown(run):
     assert run("--version") == (0, f"medplib {medplib.__version__}\n", "")
 

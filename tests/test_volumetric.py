@@ -222,6 +222,7 @@ def test_other_planes_and_single_slices(tiny, tmp_path, chest):
     path = write(tmp_path / "ct.nii.gz", lying(chest[0]))
     answer = tiny.segment_volume(path, "body", axis="coronal", slices=range(100, 104), window=(0, 255))
     assert answer.slices == [100, 101, 102, 103]
+    assert answer._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     outside = np.ones(256, bool)
     outside[100:104] = False
     assert not answer.findings[0].mask[:, outside].any()

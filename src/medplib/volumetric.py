@@ -141,6 +141,9 @@ class VolumeAnswer:
         labels = [found.label for found in self.findings]
         return dicom.encode(self.volume.frames, masks, labels, self.model, repr(self.volume.name))
 
+    def _repr_png_(self) -> bytes:
+        return png(self.overview())
+
     def __repr__(self) -> str:
         found = ", ".join(f"{f.label} {self.millilitres(i):.1f} ml" for i, f in enumerate(self.findings))
         return f"VolumeAnswer({len(self.slices)} {self.axis} slices; {found})"

@@ -27,7 +27,14 @@ from medplib.apps.models import (
     load_model,
 )
 from medplib.apps.prompts import PromptCommand, make_prompts
-from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
+from medplib.apps.terminal import (
+    NOTICE,
+    errors_in_one_line,
+    printable,
+    reflow_help,
+    show_answer,
+    show_volume_answer,
+)
 from medplib.apps.train_cli import train
 from medplib.apps.volumes import (
     Axis,
@@ -321,3 +328,7 @@ def _devices() -> list[str]:
     lines = [f"cpu ({torch.get_num_threads()} threads)"]
     lines += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return lines if len(lines) > 1 else [*lines, "no cuda device"]
+
+
+reflow_help(app)
+reflow_help(data)

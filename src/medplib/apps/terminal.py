@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,13 @@ def errors_in_one_line() -> Iterator[None]:
 
 def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
     typer.echo(f"warning: {printable(' '.join(str(message).split()))}", err=True)
+
+
+def reflow_help(app: typer.Typer) -> None:
+    """Let the paragraphs of the help pages end where the terminal does, not where lines of our code do."""
+    for command in app.registered_commands:
+        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").split("\n\n")
+        command.help = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 def show_answer(answer: Answer, out: Path | None, written: Sequence[Path], notice: bool = True) -> None:
