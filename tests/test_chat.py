@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from medplib import Answer, Box, InputError, Point
+from medplib.apps.chat import _lines
 from medplib.apps.cli import app
 from medplib.processing import Sample
 
@@ -87,6 +89,15 @@ def test_a_conversation_by_lines(tmp_path):
     assert len(answers[2]["history"]) == 3
     assert "<SEG>" in answers[2]["history"][0][1]
     assert done.output.count("not a medical device") + done.output.count("Not a medical device") == 1
+
+
+def test_a_terminal_is_told_how_to_end_and_how_to_point(monkeypatch, capsys):
+    typed = iter([" Which modality? ", "And this?", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert list(_lines()) == ["Which modality?", "And this?"]
+    assert capsys.readouterr().out.count("\n") == 1
+    assert next(typed, "all read") == "all read"
 
 
 def test_what_cannot_be_asked_is_said_and_forgotten(tmp_path):

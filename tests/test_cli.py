@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses and how, with a stand-in for the model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -183,6 +184,7 @@ def test_words_after_two_dashes_are_not_options(run):
     ("words", "message"),
     [
         (["absent.png", "Q?"], "absent.png"),
+        (["a.png", "Segment", "the", "right", "lung."], "no image 'Segment'. Check the path, and put the"),
         (["empty.png", "Q?"], "is empty"),
         (["pixel.png", "Q?"], "1 x 1"),
         (["a.png", "Q?", "--box", "1", "2", "81", "4"], "reaches outside"),
@@ -257,6 +259,28 @@ def test_a_mistake_in_the_program_is_not_hidden(run, monkeypatch):
         run("ask", "a.png", "Q?")
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_program(run):
+    picture = Image.open("a.png")
+    picture.save("pages.tif", save_all=True, append_images=[picture])
+    status, out, err = run("ask", "pages.tif", "Q?")
+    assert status == 0
+    assert out.startswith("It is a")
+    assert err == (
+        "warning: The image file 'pages.tif' has several pages; the first is read. Save the page you want.\n"
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_loads(run, monkeypatch):
+    Path("closed").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and allowed(path, mode))
+    for words in (["ask", "a.png", "Q?"], ["segment", "a.png", "lung"], ["chat", "a.png"]):
+        status, out, err = run(*words, "--out", "closed/new/answer")
+        assert (status, out, FakeModel.loaded) == (2, "", 0)
+        assert err == "error: --out 'closed/new/answer': 'closed' cannot be written. Give another folder.\n"
+    assert not any(Path("closed").iterdir())
+
+
 def test_wrong_usage_exits_with_2(run):
     for words in (["ask", "a.png", "Q?", "--seed", "x"], ["ask", "--batch-size", "0"], ["nonsense"]):
         assert run(*words)[0] == 2
@@ -281,8 +305,30 @@ def test_help_imports_nothing_heavy():
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "ask" in done.stdout
+    places = [
+        done.stdout.index(f" {name} ") for name in ("ask", "segment", "chat", "evaluate", "train", "info")
+    ]
+    assert places == sorted(places)
     assert NOTICE in " ".join(done.stdout.split())
+
+
+def test_paragraphs_of_help_fill_the_terminal(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    for words, sentence in (
+        (
+            ["ask"],
+            "stands for the next of them, in the order of the command line. They lie on the first",
+        ),
+        (
+            ["data", "check"],
+            "Exit status 0: fit, perhaps with warnings; 1: not fit; 2: it could not be",
+        ),
+    ):
+        assert sentence in run(*words, "--help")[1]
+
+
+def test_the_version_is_shown(run):
+    assert run("--version") == (0, f"medplib {medplib.__version__}\n", "")
 
 
 def test_python_m_medplib_is_the_same_command():

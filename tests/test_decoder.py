@@ -115,6 +115,11 @@ def test_skips_of_a_wrong_number_or_size_are_refused():
         _decoder(2, (5, 4, 3))
 
 
+def test_a_transformer_of_another_width_is_refused():
+    with pytest.raises(InputError, match=f"The transformer is {2 * DIM} wide, the mask decoder {DIM}"):
+        MaskDecoder(DIM, TwoWayTransformer(2 * DIM, depth=1, num_heads=2))
+
+
 def test_batches_that_do_not_match_are_refused():
     image, position, _, dense = _inputs(batch=2)
     with pytest.raises(InputError, match="image_embeddings has batch 2 but sparse has 3"):

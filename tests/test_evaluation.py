@@ -337,6 +337,7 @@ def test_what_cannot_be_asked_is_counted_and_in_no_figure(tmp_path):
     assert "none.png" in report.errors[1]["error"]
     assert len(report.rows) == 5
     assert "**2 questions could not be asked" in report.markdown()
+    assert "\n2 questions could not be asked. The first, 4.0: too long" in str(report)
     assert figures(report)["vqa", "closed", "right", "all"] == 1.0
 
 
@@ -347,14 +348,25 @@ def test_what_cannot_be_asked_is_counted_and_in_no_figure(tmp_path):
         ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
         ({"batch_size": 1.5}, "batch_size must be a whole number of at least 1, got 1.5"),
         ({"records": []}, "no records"),
+        ({"model": "medplib-tiny"}, r"'medplib-tiny' cannot answer; give a model, MedPLIB.from_pretrained"),
     ],
 )
 def test_settings_are_checked_before_anything_is_asked(change, message, tmp_path):
     speaker = Speaker(half)
     records = change.pop("records", RECORDS)
     with pytest.raises(InputError, match=message):
-        evaluate(speaker, records, tmp_path / "out", **change)
+        evaluate(change.pop("model", speaker), records, tmp_path / "out", **change)
     assert not speaker.asked
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_training_mode_is_refused_before_it_is_asked(tiny_model, tmp_path):
+    tiny_model.train()
+    try:
+        with pytest.raises(InputError, match=r"in training mode; call model\.eval\(\)"):
+            evaluate(tiny_model, RECORDS, tmp_path / "out")
+    finally:
+        tiny_model.eval()
     assert not (tmp_path / "out").exists()
 
 

@@ -12,6 +12,7 @@ from medplib.errors import InputError
 from medplib.experts import (
     ExpertChoiceGate,
     MoERouter,
+    Routing,
     TopKGate,
     balance_loss,
     collect_aux_losses,
@@ -20,6 +21,7 @@ from medplib.experts import (
     sequence_balance_loss,
     update_biases,
 )
+from medplib.registry import GATES
 
 DIM = 6
 
@@ -116,6 +118,25 @@ def test_setting_that_a_gate_does_not_have_is_named():
         InputError, match=r"The gate 'topk' has no setting scal\. Known: top_k, score, .*scale"
     ):
         make_router(4, gate_args={"scal": 2.0})
+
+
+def test_a_gate_of_your_own_needs_only_the_settings_that_it_has(monkeypatch):
+    class Even(nn.Module):
+        def __init__(self, dim, num_experts):
+            super().__init__()
+            self.linear = nn.Linear(dim, num_experts)
+
+        def forward(self, tokens):
+            logits = self.linear(tokens.float())
+            probabilities = logits.softmax(dim=-1)
+            weights, experts = probabilities.topk(2, dim=-1)
+            return Routing(logits, probabilities, experts, weights)
+
+    monkeypatch.setitem(GATES._entries, "even", Even)
+    router = MoERouter(DIM, 3, gate="even", hidden_dim=4)
+    assert router(torch.randn(5, DIM)).shape == (5, DIM)
+    with pytest.raises(InputError, match=r"The gate 'even' has no setting top_k\."):
+        MoERouter(DIM, 3, gate="even", top_k=2)
 
 
 def test_bias_follows_the_load_and_is_no_part_of_the_weights():

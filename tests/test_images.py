@@ -235,9 +235,10 @@ def test_exif_orientation_is_applied(orientation, turns):
         assert np.array_equal(load_image(data), np.rot90(COLOUR, turns))
 
 
-def test_the_first_page_of_several_is_read_with_a_warning():
+@pytest.mark.parametrize(("kind", "options"), [("TIFF", {}), ("GIF", {}), ("WEBP", {"lossless": True})])
+def test_the_first_page_of_several_is_read_with_a_warning(kind, options):
     pages = [Image.fromarray(GREY), Image.fromarray(255 - GREY)]
-    data = as_bytes(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    data = as_bytes(pages[0], kind, save_all=True, append_images=pages[1:], **options)
     with pytest.warns(UserWarning, match="several pages"):
         assert np.array_equal(load_image(data), grey_rgb(GREY))
 
@@ -265,7 +266,7 @@ def test_missing_empty_and_foreign_files_are_named(tmp_path):
         "scan.dcm": "DICOM",
         "brain.nii.gz": "NIfTI",
         "unnamed": "DICOM",
-        ".": "not a file",
+        ".": "is a folder.*load_volume",
         "a\0b": "cannot be opened",
         "x" * 5000: "cannot be opened",
     }.items():

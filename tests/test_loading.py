@@ -378,6 +378,13 @@ def test_an_unknown_name_is_refused_with_what_would_work(name, tmp_path, monkeyp
         MedPLIB.from_pretrained(name)
 
 
+def test_a_device_is_refused_with_what_moves_the_model():
+    with pytest.raises(
+        InputError, match=r"takes no device; call \.to\('cuda:1'\) on the model, or give device_"
+    ):
+        MedPLIB.from_pretrained("medplib-tiny", device="cuda:1")
+
+
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="give the folder"):
@@ -408,7 +415,7 @@ def test_a_failing_download_is_one_clear_error(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(loading, "snapshot_download", fetch)
-    with pytest.raises(CheckpointError, match=r"no folder 'somebody/some-model'.*no route"):
+    with pytest.raises(CheckpointError, match=r"no folder 'somebody/some-model'.*no route\. Check"):
         MedPLIB.from_pretrained("somebody/some-model")
 
 

@@ -553,6 +553,18 @@ def test_ways_of_decoding_that_masks_cannot_follow_are_refused(tiny_model, pictu
             tiny_model.ask(pictures[0], "What?", **options)
 
 
+def test_an_option_that_nobody_knows_is_refused_with_the_one_that_was_meant(tiny_model, pictures):
+    with pytest.raises(
+        InputError, match=r"no option 'max_tokens'\. Did you mean 'max_new_tokens'\? Known: pro"
+    ):
+        tiny_model.ask(pictures[0], "What?", max_tokens=3)
+    with pytest.raises(InputError, match=r"no option 'boxes'\. Known: prompts"):
+        tiny_model.ask(pictures[0], "What?", boxes=[(1, 2, 3, 4)])
+    with pytest.raises(InputError, match="seed must be a whole number or None, got 'a'"):
+        tiny_model.ask(pictures[0], "What?", seed="a")
+    tiny_model.ask(pictures[0], "What?", max_new_tokens=1, min_new_tokens=1, output_scores=True)
+
+
 # ----------------------------------------------------------------------------------- wrong tensors and sizes
 
 

@@ -3,6 +3,7 @@
 import copy
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -293,6 +294,18 @@ def test_a_sample_that_cannot_be_used_is_named(processor, pictures, sample, mess
     sample.images = [pictures[0] for _ in sample.images]
     with pytest.raises(InputError, match=message):
         processor([sample], training=True)
+
+
+def test_one_image_and_one_sample_stand_in_lists(processor, pictures):
+    for image, kind in (
+        ("scan.png", "a text"),
+        (Path("scan.png"), type(Path()).__name__),
+        (pictures[0], "ndarray"),
+    ):
+        with pytest.raises(InputError, match=rf"in a list, got {kind}; write \[image\] for one"):
+            processor([Sample(image, [("What?", None)])])
+    with pytest.raises(InputError, match=r"in a list; write \[sample\]"):
+        processor(Sample([pictures[0]], [("What?", None)]))
 
 
 def test_a_question_at_the_limit_is_read(processor):

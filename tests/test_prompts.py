@@ -347,6 +347,16 @@ def test_every_parameter_learns_from_some_prompt():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters())
 
 
+def test_prompts_that_are_no_tensors_are_named():
+    encoder, box = make_encoder(), [[1.0, 2.0, 3.0, 4.0]]
+    with pytest.raises(InputError, match="boxes must be a tensor, got a list"):
+        encoder(boxes=box)
+    with pytest.raises(InputError, match="points must be a tensor, got a list"):
+        encoder(points=([[[1.0, 2.0]]], [[1]]))
+    with pytest.raises(InputError, match=r"points must be a pair of tensors: xy \(B, N, 2\) and labels"):
+        encoder(points=torch.zeros(2, 1, 2))
+
+
 def test_prompt_encoders_run_in_half_precision():
     encoder = make_encoder().to(torch.bfloat16)
     points = (torch.rand(1, 3, 2) * 40, torch.tensor([[1, 0, -1]]))

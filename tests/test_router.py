@@ -138,7 +138,12 @@ def test_top_1_with_renormalisation_is_refused_because_the_gate_would_not_learn(
         ({"experts": ["gate"]}, "cannot be an expert's name"),
         ({"experts": ["keys"]}, "cannot be an expert's name"),
         ({"experts": {"a": 3}}, "must be an nn.Module"),
-        ({"experts": "swiglu"}, "experts must be"),
+        (
+            {"experts": "swiglu"},
+            "experts must be modules by name, a list of names, or a number; got 'swiglu'",
+        ),
+        ({"experts": nn.ModuleList([nn.Identity()])}, "or a number; got a ModuleList"),
+        ({"experts": [nn.Identity()]}, r"need names, such as \{'a': Identity\(.*\}; got a list"),
         ({"experts": 2, "score": "softmin"}, "softmax, sigmoid; got 'softmin'"),
         ({"experts": 2, "capacity_factor": 0}, "capacity_factor must be a finite number above 0"),
         ({"experts": 2, "capacity_factor": "1"}, "capacity_factor must be a finite number above 0"),

@@ -222,6 +222,7 @@ def test_other_planes_and_single_slices(tiny, tmp_path, chest):
     path = write(tmp_path / "ct.nii.gz", lying(chest[0]))
     answer = tiny.segment_volume(path, "body", axis="coronal", slices=range(100, 104), window=(0, 255))
     assert answer.slices == [100, 101, 102, 103]
+    assert answer._repr_png_().startswith(b"\x89PNG")  # what a notebook shows
     outside = np.ones(256, bool)
     outside[100:104] = False
     assert not answer.findings[0].mask[:, outside].any()
@@ -235,7 +236,12 @@ def test_other_planes_and_single_slices(tiny, tmp_path, chest):
         ({"slices": [3, 8]}, r"numbered from 0 to 7 \(axial\); got 8"),
         ({"slices": []}, r"numbered from 0 to 7 \(axial\); got none"),
         ({"slices": [1.5]}, "got 1.5"),
-        ({"window": (5, 5)}, r"from a lower to a higher value, got \(5, 5\)"),
+        ({"slices": 3}, r"slices are numbers, such as \[40\] or range\(10, 41\), got 3"),
+        ({"slices": "3:5"}, "slices are numbers.*got '3:5'"),
+        ({"window": "lung"}, r"such as \(-1000, 400\), got 'lung'"),
+        ({"window": (0, 1, 2)}, r"got \(0, 1, 2\)"),
+        ({"window": 400}, "got 400"),
+        ({"window": (5, 5)}, r"from a lower to a higher value, such as \(-1000, 400\), got \(5, 5\)"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"target": ""}, "Name what to segment"),
     ],
@@ -266,6 +272,19 @@ def test_files_that_are_no_volume_are_named(tmp_path):
     (tmp_path / "bomb.nii").write_bytes(bomb)
     with pytest.raises(InputError, match="more than 1073741824 in all"):
         load_volume(tmp_path / "bomb.nii")
+    for given in (nibabel.load(tmp_path / "four.nii"), np.zeros((8, 8, 8))):
+        with pytest.raises(InputError, match=f"got {type(given).__name__}. Give its path; .*volume_of"):
+            load_volume(given)
+
+
+def test_a_header_without_an_orientation_is_warned_of(tmp_path, recwarn):
+    values = np.zeros((8, 9, 10), np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, None), tmp_path / "lost.nii.gz")
+    with pytest.warns(UserWarning, match=r"lost\.nii\.gz.*which side is left is a guess"):
+        load_volume(tmp_path / "lost.nii.gz")
+    for code in ("sform_code", "qform_code"):
+        load_volume(write(tmp_path / f"{code}.nii.gz", values, header={"sform_code": 0, code: 1}))
+    assert not recwarn.list
 
 
 def run(*words):

@@ -5,14 +5,18 @@ B rows, T new tokens, D language width, S `<SEG>` tokens.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
 
 from medplib.conversation import REGION
 from medplib.decoders.postprocess import mask_score, masks_from_logits
@@ -55,6 +59,7 @@ class AnsweringMixin:
         sequences, drafts).
         """
         processor, chosen = self._need_processor(), quirks(compat)
+        _check_options(kwargs)
         for name in ("num_beams", "num_return_sequences"):
             if kwargs.setdefault(name, 1) != 1:
                 raise InputError(
@@ -107,6 +112,8 @@ class AnsweringMixin:
         processor, chosen = self._need_processor(), quirks(compat)
         if self.training:
             raise InputError("The model is in training mode; call model.eval() before asking.")
+        if seed is not None and not isinstance(seed, Integral):
+            raise InputError(f"seed must be a whole number or None, got {seed!r}.")
         batch = processor(samples)
         if any(sample.turns[-1][1] is not None for sample in samples):
             raise InputError(
@@ -217,6 +224,20 @@ class AnsweringMixin:
         prompts = tuple(p for p, image in zip(sample.prompts, shown, strict=True) if image == 0)
         history = _turns_to_go_on_from(sample, written)
         return Answer(text, findings, images, question, prompts, self.identity(), seed, history)
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Raise InputError for an option that neither we nor transformers' `generate` know."""
+    theirs = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters, "tokenizer"}
+    ours = ("prompts", "history", "max_new_tokens", "seed", "compat")
+    for name in options:
+        if name not in theirs:
+            close = difflib.get_close_matches(name, [*ours, *theirs], n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise InputError(
+                f"There is no option {name!r}.{hint} Known: {', '.join(ours)}, and those of transformers' "
+                "GenerationConfig."
+            )
 
 
 def answer_each(

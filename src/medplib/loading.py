@@ -88,7 +88,7 @@ def local_folder(name: str | Path, patterns: Sequence[str] = _HUB_FILES, **hub_a
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise CheckpointError(
                 f"There is no folder {str(name)!r}, and it could not be loaded from the Hugging Face Hub: "
-                f"{reason[0][:300]} Check the name, or give a folder."
+                f"{reason[0][:300].rstrip('.')}. Check the name, or give a folder."
             ) from error
     return source / subfolder if subfolder else source
 
@@ -139,7 +139,8 @@ class LoadingMixin:
 
         quantize: "int8" or "int4" keeps the language model's linear layers in that many bits, made while they
         are loaded; `model.quantization` reports it (medplib.quantization; extra `quant`). device_map: "cpu",
-        "cuda", "auto" or a place for each part, "disk" among them (extra `train`).
+        "cuda", "auto" or a place for each part, "disk" among them (extra `train`). Without it the model is on
+        the CPU; `model.to("cuda")` moves it.
 
         Raises UnknownNameError for a name that is nothing known, CheckpointError (naming the keys) for
         weights that are missing, unexpected, misshapen, not finite or damaged, InputError for a bad
@@ -148,6 +149,12 @@ class LoadingMixin:
         from medplib import checkpoints, quantization
         from medplib.processing import MedPLIBProcessor
 
+        if "device" in kwargs:
+            place = str(kwargs["device"])
+            raise InputError(
+                f"from_pretrained takes no device; call .to({place!r}) on the model, or give "
+                f"device_map={place!r} (extra `train`)."
+            )
         hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
         folder = local_folder(name_or_path, **hub)
         foreign = {k: kwargs.pop(k) for k in ("overrides", "clip", "adapter") if k in kwargs}

@@ -158,8 +158,14 @@ class MedPLIBProcessor:
         their image, counts that do not match, and (unless check_length is False) questions over MAX_QUESTION
         characters.
         """
+        if isinstance(samples, Sample):
+            raise InputError("Samples come in a list; write [sample] for a single one.")
         if not samples:
             raise InputError("Give at least one sample.")
+        for sample in samples:
+            if isinstance(sample.images, str) or not isinstance(sample.images, Sequence):
+                given = "a text" if isinstance(sample.images, str) else type(sample.images).__name__
+                raise InputError(f"A sample's images come in a list, got {given}; write [image] for one.")
         samples = [self._complete(s, check_length) for s in samples]
         arrays, row_images = self._unique_images(samples)
         self._check_prompts(samples, arrays, row_images)

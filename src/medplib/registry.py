@@ -108,7 +108,10 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
-            raise InputError(f"A {self.kind} is asked for by its name (a text), got {name!r}.")
+            raise InputError(
+                f"The {self.kind} is asked for by its name (a text), got {name!r}. "
+                "Register it under a name first: @registry.register('part')."
+            )
         if name not in self._entries:
             load_plugins()
         return name in self._entries

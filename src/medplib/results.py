@@ -18,6 +18,7 @@ import platform
 import re
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from PIL import Image, PngImagePlugin
 from medplib.errors import InputError
 from medplib.io import rle
 from medplib.io.folder import write_together
-from medplib.io.overlay import draw_overlay
+from medplib.io.overlay import COLOURS, FILL, draw_overlay
 
 NOTICE = "Research use only. Not a medical device."
 
@@ -137,15 +138,26 @@ class Answer:
             return np.zeros((0, *(self.images[0].shape[:2] if self.images else (0, 0))), bool)
         return np.stack(masks) if len({mask.shape for mask in masks}) == 1 else masks
 
-    def overlay(self, image: int = 0) -> Image.Image:
+    def overlay(
+        self,
+        image: int = 0,
+        *,
+        colours: Sequence[tuple[int, int, int]] = COLOURS,
+        fill: float = FILL,
+        legend: bool = True,
+    ) -> Image.Image:
         """The image with its findings drawn on it, the prompts in white, and the labels in a strip below.
 
-        The top left H x W pixels are the image's own. Raises InputError if there is no such image.
+            answer.overlay(colours=[(255, 0, 0)], fill=0.2, legend=False).save("figure.png")   # H x W
+
+        colours: of the findings, in turn; fill: from 0, contours alone, to 1. The top left H x W pixels are
+        the image's own. Raises InputError if there is no such image, and for such colours or such a fill.
         """
         picture = self._image(image)
         here = [finding for finding in self.findings if finding.image == image]
         prompts = self.prompts if image == 0 else ()
-        return draw_overlay(picture, [f.mask for f in here], [f.label for f in here], prompts)
+        labels = [f.label for f in here] if legend else []
+        return draw_overlay(picture, [f.mask for f in here], labels, prompts, colours=colours, fill=fill)
 
     def to_dict(self) -> dict[str, Any]:
         """What `answer.json` holds: plain values only."""

@@ -141,6 +141,9 @@ class VolumeAnswer:
         labels = [found.label for found in self.findings]
         return dicom.encode(self.volume.frames, masks, labels, self.model, repr(self.volume.name))
 
+    def _repr_png_(self) -> bytes:
+        return png(self.overview())
+
     def __repr__(self) -> str:
         found = ", ".join(f"{f.label} {self.millilitres(i):.1f} ml" for i, f in enumerate(self.findings))
         return f"VolumeAnswer({len(self.slices)} {self.axis} slices; {found})"
@@ -161,7 +164,8 @@ def segment_volume(
 ) -> VolumeAnswer:
     """Ask `model` for each structure in each slice of a volume, and put the masks together.
 
-    source: a NIfTI file, the folder of a DICOM series, or a Volume. target: "the right lung", or a list of
+    source: a NIfTI file, the folder of a DICOM series, or a Volume, which `medplib.io.volume.volume_of` makes
+    of values and an affine. target: "the right lung", or a list of
     names. axis: "axial", "coronal" or "sagittal": how the volume is cut. slices: their numbers from the
     patient's feet, back or left side on; by default all. window: the stored values shown as black and white,
     the same for all slices (for a CT in Hounsfield units, say, (-1000, 400)); by default what a DICOM header

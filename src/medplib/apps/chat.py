@@ -81,6 +81,7 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
+    typer.echo("A question a line; an empty line ends. A place: What is in <box 35 66 136 200>?")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  lets input() be edited and called back
     while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,14 @@ from medplib.apps.models import (
     load_model,
 )
 from medplib.apps.prompts import PromptCommand, make_prompts
-from medplib.apps.terminal import NOTICE, errors_in_one_line, printable, show_answer, show_volume_answer
+from medplib.apps.terminal import (
+    NOTICE,
+    errors_in_one_line,
+    printable,
+    reflow_help,
+    show_answer,
+    show_volume_answer,
+)
 from medplib.apps.train_cli import train
 from medplib.apps.volumes import (
     Axis,
@@ -49,11 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data, name="data")
-app.command()(train)
-app.command()(chat)
-app.command()(demo)
-app.command()(evaluate)
-app.command()(compare)
 
 
 def main() -> None:
@@ -62,6 +65,24 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode is no reason to fail
     app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from medplib import __version__
+
+        typer.echo(f"medplib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    del version  # its callback has shown it
 
 
 _Batch = Annotated[
@@ -238,11 +259,18 @@ def segment(
         show_answer(answer, out, written)
 
 
+for _command in (chat, demo, evaluate, compare, train):  # in this order on the help page
+    app.command()(_command)
+
+
 def _check_words(files: Sequence[str], question: str) -> None:
     if not question.strip():
         raise InputError("The question is empty. Write one after the images, in quotes.")
     if "\n" not in question and len(question) < 256 and Path(question).is_file():
         raise InputError(f"The last word must be the question, but {question!r} is a file. Add a question.")
+    words = [file for file in files if not os.path.splitext(file)[1] and not os.path.exists(file)]
+    if words:
+        raise InputError(f"There is no image {words[0]!r}. Check the path, and put the question in quotes.")
 
 
 @app.command()
@@ -300,3 +328,7 @@ def _devices() -> list[str]:
     lines = [f"cpu ({torch.get_num_threads()} threads)"]
     lines += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     return lines if len(lines) > 1 else [*lines, "no cuda device"]
+
+
+reflow_help(app)
+reflow_help(data)

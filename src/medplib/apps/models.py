@@ -48,9 +48,16 @@ def check_model_options(
 
 
 def check_out(out: Path | None) -> None:
-    """Raise InputError for a file, before the model is loaded."""
-    if out is not None and out.expanduser().exists() and not out.expanduser().is_dir():
+    """Raise InputError for a file and for what cannot be written, before the model is loaded."""
+    if out is None:
+        return
+    folder = out.expanduser()
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {str(out)!r} is a file. Give the path of a folder.")
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out {str(out)!r}: {str(folder)!r} cannot be written. Give another folder.")
 
 
 def load_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,16 +22,29 @@ NOTICE = "Research use only. Not a medical device."
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """What the user can mend: one line on standard error and exit status 2, no traceback."""
+    """What the user can mend: one line on standard error and exit status 2, no traceback; a warning is a line
+    there too."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of it becomes an error
+            warnings.showwarning = _show_warning  # put back by catch_warnings
             yield
     except (MedPLIBError, OSError, ImportError) as error:
         if isinstance(error, ImportError) and "pip install" not in str(error):
             raise  # a mistake in a package, not an extra that is needed
         typer.echo(f"error: {printable(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(2) from None
+
+
+def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
+    typer.echo(f"warning: {printable(' '.join(str(message).split()))}", err=True)
+
+
+def reflow_help(app: typer.Typer) -> None:
+    """Let the paragraphs of the help pages end where the terminal does, not where lines of our code do."""
+    for command in app.registered_commands:
+        paragraphs = inspect.cleandoc(command.callback.__doc__ or "").split("\n\n")
+        command.help = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 def show_answer(answer: Answer, out: Path | None, written: Sequence[Path], notice: bool = True) -> None:

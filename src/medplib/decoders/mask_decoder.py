@@ -64,6 +64,10 @@ class MaskDecoder(nn.Module):
             )
         if num_multimask_outputs < 0:
             raise InputError(f"num_multimask_outputs must be 0 or more, got {num_multimask_outputs}.")
+        if getattr(transformer, "dim", dim) != dim:
+            raise InputError(
+                f"The transformer is {transformer.dim} wide, the mask decoder {dim}; make them equal."
+            )
         if len(skip_channels) > num_upscales:
             raise InputError(
                 f"skip_channels has {len(skip_channels)} entries for {num_upscales} upscales; "

@@ -198,9 +198,15 @@ class Report:
         return f"Report({len(self.rows)} questions, {len(self.errors)} errors)"
 
     def __str__(self) -> str:
-        return "\n".join(
+        lines = [
             f"{' '.join(filter(None, line[:3])):<24} {line.value}  n={line.value.n}" for line in self.lines()
-        )
+        ]
+        if self.errors:
+            first = self.errors[0]
+            lines.append(
+                f"{len(self.errors)} questions could not be asked. The first, {first['id']}: {first['error']}"
+            )
+        return "\n".join(lines)
 
 
 def in_order(keys: Iterable[tuple]) -> list[tuple]:

@@ -61,6 +61,12 @@ def evaluate(
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
     if not len(records):
         raise InputError("There are no records to evaluate on.")
+    from medplib.answering import AnsweringMixin
+
+    if not hasattr(model, "answer"):
+        raise InputError(f"{str(model)[:80]!r} cannot answer; give a model, MedPLIB.from_pretrained(...).")
+    if isinstance(model, AnsweringMixin) and model.training:
+        raise InputError("The model is in training mode; call model.eval() before evaluating it.")
     if protocol == "official":
         options = {"compat": "official"} | options
     settings = _settings(model, records, protocol, limit, options)

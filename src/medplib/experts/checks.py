@@ -16,6 +16,8 @@ from medplib.experts.capacity import DROPS
 from medplib.experts.gate import Routing
 from medplib.registry import GATES
 
+_DEFAULTS = {"top_k": 1, "score": "softmax", "renormalize": False}  # MoERouter's, for every gate
+
 
 def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tuple[str, ...]:
     """The names asked for, checked."""
@@ -24,12 +26,19 @@ def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tupl
         or not isinstance(experts, int | Mapping | Sequence)
         or isinstance(experts, str)
     ):
-        raise InputError(f"experts must be modules by name, a list of names, or a number; got {experts!r}.")
+        raise InputError(
+            f"experts must be modules by name, a list of names, or a number; got {_short(experts)}."
+        )
     names = tuple(f"expert_{i}" for i in range(experts)) if isinstance(experts, int) else tuple(experts)
     if not names:
         raise InputError(f"A MoERouter needs at least one expert, got {experts!r}.")
     taken = nn.ModuleDict()
     for name in names:
+        if isinstance(name, nn.Module):
+            raise InputError(
+                f"Experts that are modules need names, such as {{'a': {type(name).__name__}(...), 'b': ...}}"
+                f"; got {_short(experts)}."
+            )
         if not isinstance(name, str) or not name or "." in name or name == "gate" or hasattr(taken, name):
             raise InputError(f"{name!r} cannot be an expert's name; use a plain word such as 'grounding'.")
     if len(set(names)) < len(names):
@@ -41,6 +50,11 @@ def expert_names(experts: Mapping[str, nn.Module] | Sequence[str] | int) -> tupl
         if len({id(module) for module in experts.values()}) < len(names):
             raise InputError("Two experts are the same module; give each its own copy (copy.deepcopy).")
     return names
+
+
+def _short(experts: object) -> str:
+    """What was given, in one line: a module's repr has many."""
+    return f"a {type(experts).__name__}" if isinstance(experts, nn.Module | list | tuple) else repr(experts)
 
 
 def check_coefficients(**coefficients: float) -> None:
@@ -80,9 +94,14 @@ def check_parity(parity: str, gate: str | nn.Module, drop: str) -> None:
 
 
 def build_gate(name: str, dim: int, num_experts: int, settings: Mapping[str, Any]) -> nn.Module:
-    """The gate called `name`. Raises InputError for a setting that it does not have."""
+    """The gate called `name`. Raises InputError for a setting that it does not have; one that MoERouter has
+    by default is then left out."""
     kind = GATES.get(name)
     known = inspect.signature(kind).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        settings = {
+            k: v for k, v in settings.items() if k in known or k not in _DEFAULTS or v != _DEFAULTS[k]
+        }
     unknown = [key for key in settings if key not in known]
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         raise InputError(

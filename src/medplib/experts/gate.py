@@ -29,6 +29,14 @@ class Routing:
     served (T, K) is `experts` with E where a capacity dropped the token; None when nothing was dropped.
     real (T,) is False for padding that was routed along to no expert, as compiled and captured forwards do;
     None when all T are tokens.
+
+    A gate of your own is a module that returns one:
+
+        def forward(self, tokens):                                          # (T, D)
+            logits = self.linear(tokens.float())                            # (T, E)
+            probabilities = logits.softmax(dim=-1)
+            weights, experts = probabilities.topk(2, dim=-1)                # (T, 2) each
+            return Routing(logits, probabilities, experts, weights)
     """
 
     logits: Tensor

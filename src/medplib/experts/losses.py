@@ -2,6 +2,7 @@
 
 T tokens, E experts, K experts per token, B sequences.
 
+    router = MoERouter(512, experts=4, balance_loss_coef=0.01)   # the coefficients are 0 by default
     with collect_aux_losses(model) as aux:
         loss = task_loss(model(x))
     (loss + aux.total()).backward()
@@ -155,7 +156,7 @@ class AuxLosses:
         return self._sum(Heard.z)
 
     def total(self) -> Tensor:
-        """Sum of all, each multiplied by its router's `..._loss_coef`."""
+        """Sum of all, each multiplied by its router's `..._loss_coef`; these are 0 unless you give them."""
         return self._sum(Heard.total)
 
     def by_layer(self) -> dict[str, dict[str, float]]:

@@ -116,6 +116,11 @@ def from_file(source: Any, read: Callable[[BinaryIO, str], Any]) -> Any:
         raise InputError(f"{name} does not exist. Check the path.") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{name} cannot be opened ({_reason(error)}). Check its rights.") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise InputError(
+            f"{name} is a folder. Give the path of one picture; of a folder with a DICOM series give what "
+            "medplib.io.load_volume(path).picture('axial', 40) returns, or the folder to segment_volume."
+        )
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{name} is not a file. Give the path of one picture.")
     for kind, suffixes in _VOLUMES.items():
@@ -138,7 +143,7 @@ def _from_stream(file: BinaryIO, name: str) -> np.ndarray:
     file.seek(0)
     with _open(file, name) as image:
         check_size(image.height, image.width, name)  # before any pixel is decoded
-        if image.format == "TIFF":
+        if image.format in ("TIFF", "GIF", "WEBP"):
             _warn_of_pages(image, name)
         return _from_pillow(image, name)
 
@@ -159,8 +164,12 @@ def _open(file: Any, name: str) -> Image.Image:
 def _unreadable_kind(name: str, kind: str) -> InputError:
     return InputError(
         f"{name} is a {kind} file, which is not read. Readable: {_READABLE}. "
-        "Give a slice of it: of NIfTI what medplib.io.load_volume(path).picture('axial', 40) returns, "
-        "of others a 16-bit PNG, for example."
+        + (
+            "Give what medplib.io.load_volume(path).picture('axial', 40) returns, or the file to "
+            "segment_volume, which draws in every slice."
+            if kind == "NIfTI"
+            else "Save it as NIfTI (.nii.gz), or a slice of it as a 16-bit PNG."
+        )
     )
 
 

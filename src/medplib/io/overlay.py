@@ -6,10 +6,13 @@ Letters: H, W = height and width of the picture. The picture keeps its pixels at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from medplib.errors import InputError, is_number
 
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), told apart with any colour vision
 COLOURS = (
@@ -29,21 +32,33 @@ _MAX_LABEL = 48
 
 
 def draw_overlay(
-    image: np.ndarray, masks: Sequence[np.ndarray], labels: Sequence[str], prompts: Sequence[Any] = ()
+    image: np.ndarray,
+    masks: Sequence[np.ndarray],
+    labels: Sequence[str],
+    prompts: Sequence[Any] = (),
+    *,
+    colours: Sequence[tuple[int, int, int]] = COLOURS,
+    fill: float = FILL,
 ) -> Image.Image:
     """The picture with one colour per mask, the prompts in white, and the labels below.
 
-    image: uint8 (H, W, 3); masks: bool (H, W) each; labels: one text per mask; prompts: Point, Box, Mask.
-    The result is W wide (wider if a label needs it) and H plus the legend high.
+    image: uint8 (H, W, 3); masks: bool (H, W) each; labels: one text per mask, none for no legend; prompts:
+    Point, Box, Mask; colours: (red, green, blue), 0 to 255, taken in turn; fill: how much of the colour lies
+    on the mask, 0 (its contour alone) to 1. The result is W wide (wider if a label needs it) and H plus the
+    legend high. Raises InputError for colours or a fill that cannot be used.
     """
+    if not is_number(fill) or not 0 <= fill <= 1:
+        raise InputError(f"fill must be a number from 0 to 1, got {fill!r}.")
+    if not colours or not all(_is_colour(colour) for colour in colours):
+        raise InputError(f"colours must be (red, green, blue) each, 0 to 255, got {colours!r}.")
     height, width = image.shape[:2]
     canvas = image.astype(np.float32)
     thickness = max(1, round(min(height, width) / 256))
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(masks))]
+    colours = [tuple(colours[i % len(colours)]) for i in range(len(masks))]
     for i in sorted(
         range(len(masks)), key=lambda i: -np.count_nonzero(masks[i])
     ):  # the smallest wins a pixel
-        canvas[masks[i]] = (1 - FILL) * image[masks[i]] + FILL * np.array(colours[i], np.float32)
+        canvas[masks[i]] = (1 - fill) * image[masks[i]] + fill * np.array(colours[i], np.float32)
     for mask, colour in zip(masks, colours, strict=True):  # contours last: no fill hides them
         canvas[contour(mask, thickness)] = colour
     for prompt in prompts:
@@ -54,6 +69,14 @@ def draw_overlay(
         if hasattr(prompt, "label"):
             _draw_point(picture, prompt, thickness)
     return with_legend(picture, labels, colours)
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 3
+        and all(isinstance(part, Integral) and 0 <= part <= 255 for part in value)
+    )
 
 
 def contour(mask: np.ndarray, thickness: int = 1) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -56,8 +57,10 @@ class Volume:
         if self._file is None:
             own = np.diag([*self.spacing, 1.0]), np.array([[0, 1], [1, 1], [2, 1]])
             object.__setattr__(self, "_file", own)
-        if self.window is not None and not self.window[0] < self.window[1]:
-            raise InputError(f"A window goes from a lower to a higher value, got {self.window}.")
+        if self.window is not None and not _is_window(self.window):
+            raise InputError(
+                f"A window goes from a lower to a higher value, such as (-1000, 400), got {self.window!r}."
+            )
 
     @cached_property
     def shown(self) -> tuple[float, float]:
@@ -68,6 +71,8 @@ class Volume:
         """The numbers of these slices in order, of all for None. Raises InputError for what is not there."""
         if axis not in AXES:
             raise InputError(f"axis must be one of {', '.join(AXES)}, got {axis!r}.")
+        if isinstance(chosen, str) or not isinstance(chosen, Iterable | None):
+            raise InputError(f"slices are numbers, such as [40] or range(10, 41), got {chosen!r}.")
         count = self.values.shape[AXES[axis]]
         found = list(range(count)) if chosen is None else sorted(set(chosen))
         wrong = [index for index in found if not (isinstance(index, Integral) and 0 <= index < count)]
@@ -141,16 +146,29 @@ def load_volume(
 
     The last two NIfTI files of each process are kept. window: the lowest and highest value shown. series: one
     of several DICOM series in a folder, by its number from 1, its SeriesInstanceUID or the last digits of
-    that; without it such a folder is refused with a list. Raises InputError for what cannot be read or is not
-    three-dimensional, ImportError without nibabel.
+    that; without it such a folder is refused with a list. Warns of a NIfTI header that does not say how the
+    patient lies. Raises InputError for what cannot be read or is not three-dimensional, ImportError without
+    nibabel. Of values in memory `volume_of` makes a Volume.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(
+            f"A volume is read from a NIfTI file or the folder of a DICOM series, got {type(path).__name__}. "
+            "Give its path; values in memory become one by medplib.io.volume.volume_of(values, affine, name)."
+        )
     if os.path.isdir(path) or is_dicom(path):
         from medplib.io.series import load_series
 
         return load_series(path, window, series)
     if series is not None:
         raise InputError(f"series is for folders of DICOM files, not for {os.fspath(path)!r}. Leave it out.")
-    return _volume(*_read_at(path), os.fspath(path), window)
+    values, affine, orientation, placed = _read_at(path)
+    if not placed:
+        warnings.warn(
+            f"The header of {os.fspath(path)!r} does not say how the patient lies (its sform and qform codes "
+            "are 0): which side is left is a guess. Set an affine.",
+            stacklevel=2,
+        )
+    return _volume(values, affine, orientation, os.fspath(path), window)
 
 
 def forget_volumes() -> None:
@@ -201,7 +219,15 @@ def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
     return np.ascontiguousarray(plane[::-1, ::-1].T)
 
 
-def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _is_window(window: Any) -> bool:
+    try:
+        low, high = map(float, window)
+    except (TypeError, ValueError):
+        return False
+    return low < high
+
+
+def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     try:
         return _read(os.fspath(path), os.stat(path).st_mtime_ns, os.getpid())
     except OSError as error:
@@ -209,8 +235,9 @@ def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 @lru_cache(maxsize=2)
-def _read(path: str, modified: int, process: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values (x, y, z) in RAS; of the file the affine (4, 4) and the orientation (3, 2) of its axes."""
+def _read(path: str, modified: int, process: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """Values (x, y, z) in RAS; of the file the affine (4, 4), the orientation (3, 2) of its axes, and whether
+    its header says where they lie in the patient."""
     del modified, process
     nibabel = _nibabel(path)
     try:
@@ -230,4 +257,7 @@ def _read(path: str, modified: int, process: int) -> tuple[np.ndarray, np.ndarra
             f"The volume {path!r} has shape {values.shape} of {values.dtype}; three dimensions of plain "
             "numbers are needed. Save the one volume that is meant."
         )
-    return values, np.asarray(image.affine, float), orientation
+    placed = not isinstance(image, nibabel.Nifti1Pair) or any(
+        int(image.header[code]) for code in ("sform_code", "qform_code")
+    )
+    return values, np.asarray(image.affine, float), orientation, placed

@@ -78,6 +78,8 @@ class PromptEncoder(nn.Module):
         Returns sparse (B, n, D), n may be 0, and dense (B, D, h, w). Raises InputError when shapes or batch
         sizes disagree.
         """
+        if points is not None and not (isinstance(points, tuple | list) and len(points) == 2):
+            raise InputError("points must be a pair of tensors: xy (B, N, 2) and labels (B, N), 1 or 0.")
         batch = self._batch_size(points, boxes, masks, text, batch_size)
         tokens = []
         if points is not None:
@@ -130,10 +132,17 @@ class PromptEncoder(nn.Module):
                 ("masks", masks),
                 ("text", text),
             )
-            if prompt is not None
+            if prompt is not None and _is_tensor(name, prompt)
         }
         if batch_size is not None:
             sizes["batch_size"] = batch_size
         if len(set(sizes.values())) > 1:
             raise InputError(f"Prompts must agree on the batch size, got {sizes}")
         return next(iter(sizes.values()), 1)
+
+
+def _is_tensor(name: str, prompt: object) -> bool:
+    """True. Raises InputError for anything else."""
+    if not isinstance(prompt, torch.Tensor):
+        raise InputError(f"{name} must be a tensor, got a {type(prompt).__name__}; use torch.tensor(...).")
+    return True
