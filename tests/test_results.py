@@ -142,7 +142,7 @@ def test_overlay_for_a_figure_takes_colours_fill_and_no_legend():
     answer = make_answer(prompts=())
     masks = answer.masks
     only = answer.findings[0].mask & ~answer.findings[1].mask
-    picture = np.asarray(answer.overlay(colours=[(255, 0, 0)], fill=0.5, legend=False))
+    picture = np.asarray(answer.overlay(colors=[(255, 0, 0)], fill=0.5, legend=False))
     assert picture.shape == answer.images[0].shape
     inside = masks[0] & only & ~contour(masks[0])
     assert (picture[inside] == (158, 30, 30)).all()  # halfway between 60 and the colour
@@ -151,9 +151,9 @@ def test_overlay_for_a_figure_takes_colours_fill_and_no_legend():
     assert np.array_equal((outlines != 60).any(axis=-1), rims)
     for options, message in (
         ({"fill": 1.5}, "fill must be a number from 0 to 1, got 1.5"),
-        ({"colours": []}, "0 to 255, got"),
-        ({"colours": [(1.0, 0, 0)]}, r"0 to 255, got \[\(1.0, 0, 0\)\]"),
-        ({"colours": ["red"]}, r"\(red, green, blue\) each"),
+        ({"colors": []}, "0 to 255, got"),
+        ({"colors": [(1.0, 0, 0)]}, r"0 to 255, got \[\(1.0, 0, 0\)\]"),
+        ({"colors": ["red"]}, r"\(red, green, blue\) each"),
     ):
         with pytest.raises(InputError, match=message):
             answer.overlay(**options)

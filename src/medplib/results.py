@@ -142,22 +142,22 @@ class Answer:
         self,
         image: int = 0,
         *,
-        colours: Sequence[tuple[int, int, int]] = COLOURS,
+        colors: Sequence[tuple[int, int, int]] = COLOURS,
         fill: float = FILL,
         legend: bool = True,
     ) -> Image.Image:
         """The image with its findings drawn on it, the prompts in white, and the labels in a strip below.
 
-            answer.overlay(colours=[(255, 0, 0)], fill=0.2, legend=False).save("figure.png")   # H x W
+            answer.overlay(colors=[(255, 0, 0)], fill=0.2, legend=False).save("figure.png")   # H x W
 
-        colours: of the findings, in turn; fill: from 0, contours alone, to 1. The top left H x W pixels are
-        the image's own. Raises InputError if there is no such image, and for such colours or such a fill.
+        colors: of the findings, in turn; fill: from 0, contours alone, to 1. The top left H x W pixels are
+        the image's own. Raises InputError if there is no such image, and for such colors or such a fill.
         """
         picture = self._image(image)
         here = [finding for finding in self.findings if finding.image == image]
         prompts = self.prompts if image == 0 else ()
         labels = [f.label for f in here] if legend else []
-        return draw_overlay(picture, [f.mask for f in here], labels, prompts, colours=colours, fill=fill)
+        return draw_overlay(picture, [f.mask for f in here], labels, prompts, colors=colors, fill=fill)
 
     def to_dict(self) -> dict[str, Any]:
         """What `answer.json` holds: plain values only."""

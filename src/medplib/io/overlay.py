@@ -37,24 +37,24 @@ def draw_overlay(
     labels: Sequence[str],
     prompts: Sequence[Any] = (),
     *,
-    colours: Sequence[tuple[int, int, int]] = COLOURS,
+    colors: Sequence[tuple[int, int, int]] = COLOURS,
     fill: float = FILL,
 ) -> Image.Image:
     """The picture with one colour per mask, the prompts in white, and the labels below.
 
     image: uint8 (H, W, 3); masks: bool (H, W) each; labels: one text per mask, none for no legend; prompts:
-    Point, Box, Mask; colours: (red, green, blue), 0 to 255, taken in turn; fill: how much of the colour lies
+    Point, Box, Mask; colors: (red, green, blue), 0 to 255, taken in turn; fill: how much of the colour lies
     on the mask, 0 (its contour alone) to 1. The result is W wide (wider if a label needs it) and H plus the
-    legend high. Raises InputError for colours or a fill that cannot be used.
+    legend high. Raises InputError for colors or a fill that cannot be used.
     """
     if not is_number(fill) or not 0 <= fill <= 1:
         raise InputError(f"fill must be a number from 0 to 1, got {fill!r}.")
-    if not colours or not all(_is_colour(colour) for colour in colours):
-        raise InputError(f"colours must be (red, green, blue) each, 0 to 255, got {colours!r}.")
+    if not colors or not all(_is_colour(colour) for colour in colors):
+        raise InputError(f"colors must be (red, green, blue) each, 0 to 255, got {colors!r}.")
     height, width = image.shape[:2]
     canvas = image.astype(np.float32)
     thickness = max(1, round(min(height, width) / 256))
-    colours = [tuple(colours[i % len(colours)]) for i in range(len(masks))]
+    colours = [tuple(colors[i % len(colors)]) for i in range(len(masks))]
     for i in sorted(
         range(len(masks)), key=lambda i: -np.count_nonzero(masks[i])
     ):  # the smallest wins a pixel
