@@ -2,8 +2,6 @@
 
 # No `from __future__ import annotations` here: with it the type checks of @strict fall silent.
 
-import math
-import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
@@ -12,20 +10,20 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig
 
 from medplib.errors import InputError, MedPLIBError, UnknownNameError
+from medplib.plain_values import (
+    MAX_COUNT,
+    MAX_EXPERTS,
+    MAX_SIDE,
+    MAX_SIZE,
+    check_plain,
+    check_square,
+    check_weight,
+)
 from medplib.preprocess import CLIP_MEAN, CLIP_STD, SAM_MEAN, SAM_STD
-
-# A configuration beyond these limits is damaged or hostile; building it would take minutes or all memory.
-MAX_SIDE = 4096  # pixels of a network square
-MAX_COUNT = 1024  # layers, blocks, stages, experts
-MAX_EXPERTS = 256
-MAX_SIZE = 1 << 24  # any other number: a width, a vocabulary, a context length
 
 # The published model: LLaMA's 32000 words and 267 control tokens, of which <SEG> is the first.
 _PUBLISHED_TEXT = {"model_type": "llama", "vocab_size": 32267}
 _PUBLISHED_TOKENS = {"image": -200, "region": -300, "seg": 32000}
-
-_COUNT_NAMES = re.compile(r"layers|depth|blocks|stages|upscales|experts")
-_WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
 
 # What transformers itself may keep in a configuration, beside what it declares as fields.
 _TRANSFORMERS_KEYS = frozenset(
@@ -89,8 +87,8 @@ class MoEConfig:
                 f"got {self.top_k}."
             )
         for name in ("balance_loss_coef", "sequence_loss_coef", "z_loss_coef"):
-            _check_weight(f"moe.{name}", getattr(self, name))
-        _check_plain("moe.gate_args", self.gate_args)
+            check_weight(f"moe.{name}", getattr(self, name))
+        check_plain("moe.gate_args", self.gate_args)
 
 
 @strict
@@ -105,7 +103,7 @@ class VisionConfig:
     std: list[float] = field(default_factory=lambda: list(CLIP_STD))
 
     def __post_init__(self):
-        _check_square("vision", self)
+        check_square("vision", self)
 
 
 @strict
@@ -148,7 +146,7 @@ class MaskConfig:
     geometry: Literal["correct", "official"] = "correct"
 
     def __post_init__(self):
-        _check_square("mask", self)
+        check_square("mask", self)
         for name in ("dim", "mask_channels", "depth", "num_heads", "mlp_dim"):
             limit = MAX_COUNT if name == "depth" else MAX_SIZE
             if not 1 <= getattr(self, name) <= limit:
@@ -198,7 +196,7 @@ class LossConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            _check_weight(f"losses.{name}", value)
+            check_weight(f"losses.{name}", value)
 
 
 @strict
@@ -251,7 +249,7 @@ class MedPLIBConfig(PreTrainedConfig):
         own = [f.name for f in fields(self) if f.name not in _TRANSFORMERS_KEYS]
         for key, value in given.items():
             if key.startswith("_") or key in _TRANSFORMERS_KEYS:
-                _check_plain(key, value)
+                check_plain(key, value)
                 continue
             raise InputError(str(UnknownNameError.among(f"MedPLIBConfig has no setting '{key}'.", key, own)))
 
@@ -306,7 +304,7 @@ def _make(cls: type, value: Any, where: str) -> Any:
     else:
         raise InputError(f"{where} must be a {cls.__name__} or a dict of its fields, got {value!r:.80}.")
     if isinstance(made, Part):
-        _check_plain(f"{where}.args", made.args)
+        check_plain(f"{where}.args", made.args)
     return made
 
 
@@ -326,7 +324,7 @@ def _make_text(value: Any) -> PreTrainedConfig:
     if not isinstance(value, PreTrainedConfig):
         if not isinstance(value, dict):
             raise InputError(f"text_config must be a configuration or a dict, got {value!r:.80}.")
-        _check_plain("text_config", value, limit=None)
+        check_plain("text_config", value, limit=None)
         kind = value.get("model_type", "llama")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise InputError(
@@ -350,49 +348,6 @@ def _make_text(value: Any) -> PreTrainedConfig:
         if (size is not None or required) and not (type(size) is int and 1 <= size <= limit):
             raise InputError(f"text_config.{name} must be a number between 1 and {limit}, got {size!r:.80}.")
     return value
-
-
-def _check_plain(where: str, value: Any, limit: int | None = MAX_SIZE, depth: int = 0) -> None:
-    """Refuse what could load code or fetch something, and numbers that no model has. Raises InputError."""
-    name = where.rsplit(".", 1)[-1]
-    is_count = bool(_COUNT_NAMES.search(name))
-    if depth > 8:
-        raise InputError(f"{where:.80} is nested too deeply.")
-    if name == "auto_map" or (name.endswith("_implementation") and not _is_word(value)):
-        raise InputError(f"{where} may not name code from elsewhere, got {value!r:.80}; remove it.")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(f"{where}.{key}", item, limit, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_plain(where, item, limit, depth + 1)
-        if is_count and limit and sum(item for item in value if isinstance(item, int)) > MAX_COUNT:
-            raise InputError(f"{where} adds up to more than {MAX_COUNT}: {value!r:.80}.")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        most = MAX_COUNT if is_count else limit
-        if most is not None and not -most <= value <= most:  # NaN, too
-            raise InputError(f"{where} must be a number between {-most} and {most}, got {value!r:.80}.")
-
-
-def _is_word(value: Any) -> bool:
-    words = value.values() if isinstance(value, dict) else [value]
-    return all(word is None or (isinstance(word, str) and _WORD.fullmatch(word)) for word in words)
-
-
-def _check_square(where: str, part: Any) -> None:
-    if not 8 <= part.image_size <= MAX_SIDE:
-        raise InputError(
-            f"{where}.image_size must be between 8 and {MAX_SIDE} pixels, got {part.image_size}."
-        )
-    for name in ("mean", "std"):
-        values = getattr(part, name)
-        if len(values) != 3 or not all(math.isfinite(v) and (name == "mean" or v > 0) for v in values):
-            raise InputError(f"{where}.{name} must be three finite numbers (std above 0), got {values}.")
-
-
-def _check_weight(where: str, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise InputError(f"{where} must be a finite number of at least 0, got {value}.")
 
 
 def _reason(error: BaseException) -> str:

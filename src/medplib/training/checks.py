@@ -15,10 +15,11 @@ from typing import Any
 
 from transformers.integrations import get_reporting_integration_callbacks
 
-from medplib.configuration import MAX_EXPERTS, LossConfig, MedPLIBConfig
+from medplib.configuration import LossConfig, MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, UnknownNameError
 from medplib.experts.context import unknown_expert
 from medplib.loading import HUB_ARGUMENTS
+from medplib.plain_values import MAX_EXPERTS
 from medplib.quantization import loading_options
 from medplib.stages import Stage
 from medplib.training.batches import stage_batches
