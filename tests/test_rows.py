@@ -9,9 +9,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import medplib.data.rows as rows_module
+import medplib.data.json_text as json_module
 from medplib.data import read
-from medplib.data.rows import MemoryRows, ParseCsv, index_csv, index_json, scan_json
+from medplib.data.json_text import scan_json
+from medplib.data.rows import MemoryRows, ParseCsv, index_csv, index_json
 from medplib.errors import InputError
 
 VALUES = [{"a": "é" * i, "b": [i, {"c": None}]} for i in range(40)] + ["text", 7, 1.5, [], True]
@@ -20,7 +21,7 @@ VALUES = [{"a": "é" * i, "b": [i, {"c": None}]} for i in range(40)] + ["text", 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 3])
 def test_a_list_gives_the_values_that_json_gives(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(rows_module, "CHUNK", chunk)
+    monkeypatch.setattr(json_module, "CHUNK", chunk)
     path = tmp_path / "list.json"
     path.write_text(json.dumps(VALUES, indent=indent, ensure_ascii=False), encoding="utf-8")
     rows, kept = index_json(path, lambda number, row: number % 3 != 0)

@@ -17,13 +17,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from medplib.data.files import ImageFile
+from medplib.data.json_text import scan_json
 from medplib.data.names import check_modality, spoken
 from medplib.data.questions import present_answer
 from medplib.data.readers.common import Listing, Store, build, find_files, image_store, of_split
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import TextRows, scan_json, text_rows
+from medplib.data.rows import TextRows, text_rows
 from medplib.errors import InputError
 from medplib.io import rle
 

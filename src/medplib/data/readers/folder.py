@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from medplib.data.files import File, ImageFile, MaskFile
+from medplib.data.json_text import scan_json
 from medplib.data.names import check_modality, slice_name, spoken
 from medplib.data.questions import absent_answer, present_answer
 from medplib.data.readers.columns import ColumnsRow, check_columns
@@ -30,7 +31,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import MemoryRows, ParseCsv, csv_header, scan_json, text_lines
+from medplib.data.rows import MemoryRows, ParseCsv, csv_header, text_lines
 from medplib.errors import InputError
 
 

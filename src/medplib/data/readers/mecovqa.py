@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from medplib.conversation import IMAGE, REGION, SEG
 from medplib.data.files import ImageFile, MaskFile
+from medplib.data.json_text import scan_json
 from medplib.data.names import CLASSES, class_names, slice_name, spoken
 from medplib.data.readers.common import (
     Listing,
@@ -31,7 +32,6 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import scan_json
 from medplib.errors import InputError
 
 KINDS = ("complex", "region", "grounding")

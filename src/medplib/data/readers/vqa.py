@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medplib.data.files import Bytes, ImageFile
+from medplib.data.json_text import scan_json
 from medplib.data.readers.common import (
     JSON_SUFFIXES,
     Listing,
@@ -23,7 +24,7 @@ from medplib.data.readers.common import (
 from medplib.data.record import Record
 from medplib.data.recordset import RecordSet
 from medplib.data.report import ReadReport
-from medplib.data.rows import ParseCsv, Rows, scan_csv, scan_json
+from medplib.data.rows import ParseCsv, Rows, scan_csv
 
 
 @dataclass(frozen=True)
