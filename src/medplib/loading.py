@@ -157,6 +157,7 @@ class LoadingMixin:
                 folder = local_folder(name_or_path, (*_HUB_FILES, "pytorch_model*.bin"), **hub)
             foreign.setdefault("clip", checkpoints.published_clip(folder))
         if foreign and not official:
+            read_config(folder)  # what cannot be read is neither
             raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
         wants_info, quantize = kwargs.pop("output_loading_info", False), kwargs.pop("quantize", None)
         config = kwargs.pop("config", None)
