@@ -366,6 +366,15 @@ def test_sam_weights_fill_the_mask_side_or_nothing(recorded, model, tmp_path):
     torch.save({"model": {**sam, "mask_decoder.iou_token.weight": torch.ones(2, 2)}}, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=r"other shape mask_decoder\.iou_token"):
         load_sam(other, tmp_path / "bad.pth")
+    torch.save(
+        sam | {"mask_decoder.iou_token.weight": sam["mask_decoder.iou_token.weight"] / 0},
+        tmp_path / "nan.pth",
+    )
+    with pytest.raises(CheckpointError, match=r"iou_token\.weight.* holds NaN or infinity"):
+        load_sam(other, tmp_path / "nan.pth")
+    torch.save(sam | {"head.weight": torch.ones(1)}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected head\.weight \(1\)"):
+        load_sam(other, tmp_path / "more.pth")
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 

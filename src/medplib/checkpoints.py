@@ -107,7 +107,8 @@ def official_state(
 def load_sam(model: MedPLIB, path: str | Path) -> None:
     """Fill the mask side from a SAM or SAM-Med2D file (.pth, .safetensors), all of it.
 
-    Raises CheckpointError, listing what is missing, unexpected or of another shape; nothing is changed then.
+    Raises CheckpointError, listing what is missing, unexpected or of another shape, and for NaN or infinity;
+    nothing is changed then.
     """
     path = Path(path)
     state = read_files([path]) if path.suffix == ".safetensors" else read_pickle(path)
@@ -119,10 +120,14 @@ def load_sam(model: MedPLIB, path: str | Path) -> None:
         f"{part}.{name}": value for part in parts for name, value in getattr(model, part).state_dict().items()
     }
     check_fit(given, wanted, f"The weights of {str(path)!r}")
+    given = {name: value[...] for name, value in given.items()}
+    for name, value in given.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name!r} of {str(path)!r} holds NaN or infinity; the file is damaged.")
     for part in parts:
         prefix = f"{part}."
         getattr(model, part).load_state_dict(
-            {k.removeprefix(prefix): value[...] for k, value in given.items() if k.startswith(prefix)}
+            {k.removeprefix(prefix): value for k, value in given.items() if k.startswith(prefix)}
         )
 
 
