@@ -554,6 +554,7 @@ def test_ways_of_decoding_that_masks_cannot_follow_are_refused(tiny_model, pictu
         {"prompt_lookup_num_tokens": 2},
         {"repetition_penalty": 1.2},
         {"no_repeat_ngram_size": 3},
+        {"eos_token_id": 5},
     ):
         with pytest.raises(InputError, match=next(iter(options))):
             tiny_model.ask(pictures[0], "What?", **options)
