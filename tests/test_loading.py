@@ -445,11 +445,11 @@ def test_a_file_beside_the_weights_does_not_choose_the_way_of_decoding(
     tiny_model, tiny_folder, tmp_path, pictures, content
 ):
     folder = copy_of(tiny_folder, tmp_path)
-    (folder / "generation_config.json").write_text(
-        json.dumps(content | {"temperature": 0.5, "eos_token_id": 2})
-    )
+    sampling = {"do_sample": True, "temperature": 0.5, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(content | sampling))
     loaded = MedPLIB.from_pretrained(folder)
     assert loaded.generation_config.temperature == 0.5
+    loaded.save_pretrained(tmp_path / "again")
     one, two = (m.ask(pictures[0], "What is this?", max_new_tokens=6) for m in (tiny_model, loaded))
     assert one.text == two.text
 

@@ -39,7 +39,7 @@ _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CHECKSUM
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SETTINGS = {"text_config", "vision", "region", "mask", "moe", "tokens", "losses", "template"}
 # Of a folder's generation_config.json; another way of decoding is the caller's to choose.
-_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "temperature", "top_k", "top_p")
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
 _quiet_lock = threading.RLock()
 
 
@@ -146,7 +146,8 @@ class LoadingMixin:
         {...}, "clip": {...}}, by default the published ones), `clip`, a folder or Hub id of the CLIP tower
         where the weights lack it, and `adapter`, a folder with a LoRA adapter to merge.
 
-        Of a generation_config.json only the ids of special tokens, temperature, top_k and top_p are taken.
+        Of a generation_config.json only do_sample, temperature, top_k, top_p and the ids of special tokens
+        are taken.
 
         quantize: "int8" or "int4" keeps the language model's linear layers in that many bits, made while they
         are loaded; `model.quantization` reports it (medplib.quantization; extra `quant`). device_map: "cpu",
