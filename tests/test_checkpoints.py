@@ -1,5 +1,6 @@
 """Published checkpoints load whole or not at all, from whatever files there are, and go out unchanged."""
 
+import copy
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from medplib.checkpoints import load_sam
 from medplib.official.configuration import convert
 from medplib.official.export import export_official
 from medplib.official.names import official_name, our_name
+from medplib.official.tokenizer import LegacyLlamaTokenizer
 from medplib.prompts.types import Box
 
 
@@ -364,6 +366,15 @@ def test_sam_weights_fill_the_mask_side_or_nothing(recorded, model, tmp_path):
     torch.save({"model": {**sam, "mask_decoder.iou_token.weight": torch.ones(2, 2)}}, tmp_path / "bad.pth")
     with pytest.raises(CheckpointError, match=r"other shape mask_decoder\.iou_token"):
         load_sam(other, tmp_path / "bad.pth")
+    torch.save(
+        sam | {"mask_decoder.iou_token.weight": sam["mask_decoder.iou_token.weight"] / 0},
+        tmp_path / "nan.pth",
+    )
+    with pytest.raises(CheckpointError, match=r"iou_token\.weight.* holds NaN or infinity"):
+        load_sam(other, tmp_path / "nan.pth")
+    torch.save(sam | {"head.weight": torch.ones(1)}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected head\.weight \(1\)"):
+        load_sam(other, tmp_path / "more.pth")
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
@@ -425,3 +436,144 @@ def test_a_language_model_that_the_published_layout_cannot_tell_of_is_refused(
     with pytest.raises(InputError, match=message):
         export_official(new_model(text=text, moe=None), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c.moe, "score", "sigmoid"), r"moe\.score is 'sigmoid', needed 'softmax'"),
+        (lambda c: setattr(c.moe, "gate", "expert_choice"), r"moe\.gate is 'expert_choice', needed 'topk'"),
+        (lambda c: c.moe.gate_args.update(scale=2.0), r"moe\.gate_args is \['scale'\], needed \[\]"),
+        (lambda c: setattr(c.moe, "top_k", 2), r"moe\.renormalize is False, needed True"),
+        (
+            lambda c: c.text_config.rope_parameters.update(rope_type="yarn", factor=4.0),
+            r"text_config\.rope_parameters is 'yarn', needed 'default'",
+        ),
+        (lambda c: c.mask.encoder.args.update(adapters=False), r"adapters is False, needed True"),
+        (lambda c: c.region.pooler.args.update(weights="area"), r"weights is 'area', needed 'binary'"),
+    ],
+)
+def test_what_the_published_code_would_compute_otherwise_is_not_exported(model, tmp_path, change, message):
+    config = copy.deepcopy(model.config)
+    change(config)
+    with pytest.raises(InputError, match=message):
+        export_official(MedPLIB(config), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_top_2_mixture_renormalises_its_two_weights_as_published(folder, load):
+    """Three experts, the third a copy of the second; compared with the sum over both choices written out."""
+
+    def with_third(state):
+        for name in [name for name in state if ".deepspeed_experts.1." in name]:
+            state[name.replace("experts.1.", "experts.2.")] = state[name] * 1.5
+        for name in [name for name in state if name.endswith("gate.wg.weight")]:
+            state[name] = torch.cat([state[name], -state[name][:1]])
+        return state
+
+    change_weights(folder, with_third)
+    content = json.loads((folder / "config.json").read_text())
+    change_config(folder, moe=content["moe"] | {"num_experts": 3, "top_k_experts": 2})
+    mixture = load().language_model.model.layers[0].mlp
+    x = torch.randn(7, mixture.dim, generator=torch.Generator().manual_seed(0))
+    weights, experts = (x @ mixture.gate.weight.T).softmax(-1).topk(2)
+    weights = weights / weights.sum(-1, keepdim=True)
+    every = torch.stack([expert(x) for expert in mixture.experts.values()])  # (E, T, D)
+    wanted = sum(weights[:, k, None] * every[experts[:, k], torch.arange(7)] for k in range(2))
+    torch.testing.assert_close(mixture(x), wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mm_vision_select_feature": "cls_patch"},
+        {"mm_token_compress": True},
+        {"icl_mask_encoder": True},
+    ],
+)
+def test_a_setting_that_would_change_the_numbers_is_refused(folder, load, change):
+    change_config(folder, **change)
+    with pytest.raises(InputError, match=next(iter(change))):
+        load()
+
+
+@pytest.mark.parametrize(
+    "overrides", ["sam", ["sam"], {"moe": ["parity"]}, {"clip": {"patch": 0}}, {"sam": {"heads": 0}}]
+)
+def test_overrides_of_another_kind_are_refused(folder, overrides):
+    with pytest.raises(InputError, match="overrides"):
+        MedPLIB.from_pretrained(folder, overrides=overrides)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_a_torn_configuration_is_named_and_not_the_overrides(folder, load, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="copy it again"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank_pattern": {"v_proj": 1}}, "rank_pattern"),
+        ({"alpha_pattern": {"v_proj": 4}}, "alpha_pattern"),
+        ({"use_dora": True}, "use_dora"),
+        ({"r": 8}, r"does not fit.*rank 8"),
+        ({"r": -1}, "r -1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(folder, load, model, tmp_path, settings, message):
+    width = model.config.text_config.hidden_size
+    adapter = write_adapter(tmp_path, width, {"r": 1, "lora_alpha": 2} | settings)
+    with pytest.raises(CheckpointError, match=message):
+        load(adapter=adapter)
+
+
+def test_an_adapter_that_does_not_fit_its_layer_is_refused(folder, load, model, tmp_path):
+    adapter = write_adapter(tmp_path, model.config.text_config.hidden_size - 1, {"r": 1, "lora_alpha": 2})
+    with pytest.raises(CheckpointError, match=r"adapter of .*v_proj.* does not fit"):
+        load(adapter=adapter)
+    with pytest.raises(InputError, match="adapter must be the path of a folder, got 5"):
+        load(adapter=5)
+
+
+def write_adapter(folder, width, settings):
+    """A folder with an adapter of rank 1 for one square layer of that width."""
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    stem = "base_model.model.model.layers.1.self_attn.v_proj"
+    pair = {f"{stem}.lora_A.weight": torch.ones(1, width), f"{stem}.lora_B.weight": torch.ones(width, 1)}
+    save_file(pair, folder / "adapter" / "adapter_model.safetensors")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda added: added | {"<ref>": added["<SEG>"]},
+        lambda added: {token: number + 1 for token, number in added.items()},
+        lambda added: {token: number - 1 for token, number in added.items()},
+    ],
+)
+def test_added_tokens_that_do_not_follow_the_words_are_refused(folder, load, change):
+    path = folder / "added_tokens.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        load()
+
+
+def test_a_tokenizer_without_the_tokens_of_a_prompt_is_refused(folder, load):
+    path = folder / "added_tokens.json"
+    added = json.loads(path.read_text())
+    path.write_text(json.dumps({token: number for token, number in added.items() if token != "<im_end>"}))
+    with pytest.raises(InputError, match="lacks <im_end>"):
+        load()
+
+
+def test_bytes_of_no_character_are_read_one_by_one(recorded):
+    """As sentencepiece does it: two bytes of a character of three give two marks."""
+    tokenizer = LegacyLlamaTokenizer.from_pretrained(recorded.folder)
+    first = tokenizer.byte_ids[0xE6]
+    ids = [first, tokenizer.byte_ids[0x97], *tokenizer.encode("a")]
+    assert tokenizer.decode(ids) == "\ufffd\ufffd a"

@@ -436,3 +436,47 @@ def test_saved_weights_can_be_read_by_whom_the_configuration_can(tiny_model, tmp
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"] != 0o600
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"repetition_penalty": 50.0},
+        {"prompt_lookup_num_tokens": 3},
+        {"guidance_scale": 3.0},
+        {"custom_generate": "someone/something", "num_beams": 3},
+    ],
+)
+def test_a_file_beside_the_weights_does_not_choose_the_way_of_decoding(
+    tiny_model, tiny_folder, tmp_path, pictures, content
+):
+    folder = copy_of(tiny_folder, tmp_path)
+    sampling = {"do_sample": True, "temperature": 0.5, "eos_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps(content | sampling))
+    loaded = MedPLIB.from_pretrained(folder)
+    assert loaded.generation_config.temperature == 0.5
+    loaded.save_pretrained(tmp_path / "again")
+    one, two = (m.ask(pictures[0], "What is this?", max_new_tokens=6) for m in (tiny_model, loaded))
+    assert one.text == two.text
+
+
+@pytest.mark.parametrize("where", [(), ("text_config",)])
+def test_a_configuration_that_names_a_quantization_is_refused(tiny_folder, tmp_path, where):
+    folder = copy_of(tiny_folder, tmp_path)
+    content = json.loads((folder / "config.json").read_text())
+    part = content
+    for key in where:
+        part = part[key]
+    part["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="quantization_config"):
+        MedPLIB.from_pretrained(folder)
+
+
+def test_an_adapter_that_names_another_model_is_refused(tiny_folder, tmp_path):
+    folder = copy_of(tiny_folder, tmp_path)
+    content = {"base_model_name_or_path": str(tiny_folder), "peft_type": "LORA", "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="adapter_config"):
+        MedPLIB.from_pretrained(folder)

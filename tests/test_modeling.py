@@ -548,7 +548,14 @@ def test_only_the_last_hidden_state_is_kept_while_generating(tiny_model, samples
 
 
 def test_ways_of_decoding_that_masks_cannot_follow_are_refused(tiny_model, pictures):
-    for options in ({"num_beams": 2}, {"num_return_sequences": 3}, {"prompt_lookup_num_tokens": 2}):
+    for options in (
+        {"num_beams": 2},
+        {"num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 2},
+        {"repetition_penalty": 1.2},
+        {"no_repeat_ngram_size": 3},
+        {"eos_token_id": 5},
+    ):
         with pytest.raises(InputError, match=next(iter(options))):
             tiny_model.ask(pictures[0], "What?", **options)
 

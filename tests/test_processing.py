@@ -266,6 +266,7 @@ def mask(*size):
     [
         (Sample([], []), "at least one question"),
         (ask("  \n "), r"The question is '  \\n '; write at least one word"),
+        (ask("half \ud83d of it"), r"holds half a character \(a surrogate\); remove it"),
         (ask(None), "The question is None"),
         (ask("x" * (MAX_QUESTION + 1)), "has 4001 characters; the limit is 4000. Shorten"),
         (Sample([], [("a", None), ("b", None)]), "The answer to 'a' is None; only the last may be None"),

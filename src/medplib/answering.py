@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 _PROMPT_TENSORS = (
     *("input_ids", "attention_mask", "pixel_values", "image_index", "region_masks", "region_images"),
 )
-_OTHER_DECODING = {"assistant_model", "prompt_lookup_num_tokens", "custom_generate", "generation_config"}
+# Set here already, other ways of decoding, and two that count the ids of the prompt, where placeholders are
+# no tokens of the vocabulary.
+_OTHER_DECODING = {
+    *("eos_token_id", "pad_token_id", "return_dict_in_generate", "output_hidden_states", "stop_strings"),
+    *("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "generation_config"),
+    *("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "prefill_chunk_size"),
+    *("repetition_penalty", "no_repeat_ngram_size"),
+}
 
 
 @dataclass

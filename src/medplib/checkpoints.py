@@ -26,7 +26,7 @@ from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError
 from medplib.official.configuration import CLIP_REPOSITORY, convert, is_official, is_start
 from medplib.official.files import (
-    adapter_scaling,
+    adapter_settings,
     merge_adapters,
     read_files,
     read_pickle,
@@ -90,11 +90,10 @@ def official_state(
     adapter to merge. hub: arguments for the Hub. Raises CheckpointError.
     """
     state = read_files(weight_files(folder))
-    scaling = adapter_scaling(folder)
-    if adapter is not None:
-        state, scaling = _with_adapter(state, Path(adapter))
     if any("lora_" in name for name in state):
-        state = merge_adapters(state, scaling)
+        state = merge_adapters(state, *adapter_settings(folder))
+    if adapter is not None:
+        state = _with_adapter(state, adapter)
     experts = config.moe.experts if config.moe else []
     table = rename(state, experts)
     found = {ours: state[theirs] for ours, theirs in table.items()}
@@ -108,7 +107,8 @@ def official_state(
 def load_sam(model: MedPLIB, path: str | Path) -> None:
     """Fill the mask side from a SAM or SAM-Med2D file (.pth, .safetensors), all of it.
 
-    Raises CheckpointError, listing what is missing, unexpected or of another shape; nothing is changed then.
+    Raises CheckpointError, listing what is missing, unexpected or of another shape, and for NaN or infinity;
+    nothing is changed then.
     """
     path = Path(path)
     state = read_files([path]) if path.suffix == ".safetensors" else read_pickle(path)
@@ -120,10 +120,14 @@ def load_sam(model: MedPLIB, path: str | Path) -> None:
         f"{part}.{name}": value for part in parts for name, value in getattr(model, part).state_dict().items()
     }
     check_fit(given, wanted, f"The weights of {str(path)!r}")
+    given = {name: value[...] for name, value in given.items()}
+    for name, value in given.items():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{name!r} of {str(path)!r} holds NaN or infinity; the file is damaged.")
     for part in parts:
         prefix = f"{part}."
         getattr(model, part).load_state_dict(
-            {k.removeprefix(prefix): value[...] for k, value in given.items() if k.startswith(prefix)}
+            {k.removeprefix(prefix): value for k, value in given.items() if k.startswith(prefix)}
         )
 
 
@@ -171,9 +175,12 @@ def _added_tokens(folder: Path) -> dict[str, int]:
     return content
 
 
-def _with_adapter(state: dict[str, Any], folder: Path) -> tuple[dict[str, Any], float]:
-    """The state with the tensors of an adapter folder (peft's layout) beside it, and their scaling."""
-    scaling = adapter_scaling(folder)
+def _with_adapter(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """The state with an adapter folder (peft's layout) merged into it."""
+    if not isinstance(folder, str | Path):
+        raise InputError(f"adapter must be the path of a folder, got {folder!r:.80}.")
+    folder = Path(folder)
+    scaling, rank = adapter_settings(folder)
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     files = [path for path in files if path.is_file()][:1]
     if scaling is None or not files:
@@ -183,7 +190,8 @@ def _with_adapter(state: dict[str, Any], folder: Path) -> tuple[dict[str, Any], 
     extra = folder / "non_lora_trainables.bin"  # what LLaVA's training saves beside an adapter
     added = read_files([*files, extra] if extra.is_file() else files)
     plain = {name.removeprefix("base_model.model."): value for name, value in added.items()}
-    return {name.removeprefix("base_model.model."): value for name, value in state.items()} | plain, scaling
+    state = {name.removeprefix("base_model.model."): value for name, value in state.items()} | plain
+    return merge_adapters(state, scaling, rank)
 
 
 def _clip_state(folder: Path, clip: str | Path | None, hub: Mapping[str, Any]) -> dict[str, Any]:

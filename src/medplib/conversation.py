@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,4 +147,7 @@ def check_turns(
             )
         if not isinstance(answer, str) and not (answer is None and i == len(pairs) - 1):
             raise InputError(f"The answer to {question!r:.60} is {answer!r:.60}; only the last may be None.")
+        for text in (question, answer or ""):
+            if re.search("[\ud800-\udfff]", text):
+                raise InputError(f"The text {text!r:.60} holds half a character (a surrogate); remove it.")
     return pairs

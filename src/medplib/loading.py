@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from medplib.configuration import MedPLIBConfig
@@ -37,6 +38,8 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CHECKSUMS)  # nothing that is a pickle
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SETTINGS = {"text_config", "vision", "region", "mask", "moe", "tokens", "losses", "template"}
+# Of a folder's generation_config.json; another way of decoding is the caller's to choose.
+_GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
 _quiet_lock = threading.RLock()
 
 
@@ -106,6 +109,12 @@ def read_config(folder: Path, **changes) -> MedPLIBConfig:
         raise CheckpointError(
             f"config.json of {str(folder)!r} is not a model's configuration; copy it again."
         )
+    for where in (content, content.get("text_config")):
+        if isinstance(where, dict) and where.get("quantization_config") is not None:
+            raise InputError(
+                f"config.json of {str(folder)!r} has a quantization_config; remove it, and quantise plain "
+                "weights while they are loaded, with quantize=."
+            )
     try:
         config = MedPLIBConfig.from_dict({**content, **changes})
     except InputError as error:
@@ -137,6 +146,9 @@ class LoadingMixin:
         {...}, "clip": {...}}, by default the published ones), `clip`, a folder or Hub id of the CLIP tower
         where the weights lack it, and `adapter`, a folder with a LoRA adapter to merge.
 
+        Of a generation_config.json only do_sample, temperature, top_k, top_p and the ids of special tokens
+        are taken.
+
         quantize: "int8" or "int4" keeps the language model's linear layers in that many bits, made while they
         are loaded; `model.quantization` reports it (medplib.quantization; extra `quant`). device_map: "cpu",
         "cuda", "auto" or a place for each part, "disk" among them (extra `train`). Without it the model is on
@@ -164,6 +176,7 @@ class LoadingMixin:
                 folder = local_folder(name_or_path, (*_HUB_FILES, "pytorch_model*.bin"), **hub)
             foreign.setdefault("clip", checkpoints.published_clip(folder))
         if foreign and not official:
+            read_config(folder)  # what cannot be read is neither
             raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
         wants_info, quantize = kwargs.pop("output_loading_info", False), kwargs.pop("quantize", None)
         config = kwargs.pop("config", None)
@@ -181,6 +194,10 @@ class LoadingMixin:
         if official:
             foreign.pop("overrides", None)
             kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign, hub=hub)
+        elif (folder / "adapter_config.json").is_file():  # transformers would load the model it names instead
+            raise CheckpointError(
+                f"{str(folder)!r} holds an adapter_config.json, which is for published layouts; remove it."
+            )
         elif kwargs.get("state_dict") is None and kwargs.get("variant") is None:
             _check_files(folder, config)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
@@ -206,6 +223,8 @@ class LoadingMixin:
         keep_parts_whole(model)
         _check_loaded(model, info, name_or_path)
         pack_mixtures(model)
+        kept = {name: getattr(model.generation_config, name) for name in _GENERATION}
+        model.generation_config = GenerationConfig(**kept)
         model.quantization = None if quantize is None else quantization.report(model, quantize)
         model.name = str(name_or_path)
         model.source = folder

@@ -41,6 +41,7 @@ from medplib.prompts.region import region_mask_to_grid
 from medplib.prompts.types import Box, Mask, Point
 
 PROCESSOR_FILE = "medplib_processor.json"
+_WRITTEN = (REGION, "</region>", "<im_start>", "<im_end>")  # the control tokens that prompts are written with
 
 
 @dataclass
@@ -105,6 +106,12 @@ class MedPLIBProcessor:
             raise InputError(
                 f"The tokenizer's id of {SEG} is {self.control_ids.get(SEG)}, the configuration's "
                 f"tokens.seg is {config.tokens.seg}; use the tokenizer that the model was trained with."
+            )
+        lacking = [token for token in _WRITTEN if token not in self.control_ids]
+        if lacking:
+            raise InputError(
+                f"The tokenizer lacks {', '.join(lacking)}, which prompts are written with; use the "
+                "tokenizer that the model was trained with."
             )
         if len(tokenizer) > config.text_config.vocab_size:
             raise InputError(

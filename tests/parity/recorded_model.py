@@ -89,6 +89,13 @@ class Recorded:
             "image_index": torch.tensor(shown),
         }  # fmt: skip
 
+    def length(self, case: Case) -> int:
+        """How many tokens the rows of a case have before their images are put in."""
+        given = case.tensors.get("in.input_ids")
+        return max(
+            map(len, given if given is not None else [self.inputs[f"{n}.ids"] for n in case.facts["samples"]])
+        )
+
     def padded(self, names) -> dict:
         ids = [self.inputs[f"{name}.ids"] for name in names]
         labels = [self.inputs[f"{name}.labels"] for name in names]

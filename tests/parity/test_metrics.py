@@ -65,6 +65,7 @@ def test_grounding_scores_are_the_published_ones(seg):
     given = [None if case["pred_missing"] else mask for case, mask in zip(cases, drawn, strict=True)]
     for case, mask, target in zip(cases, given, targets, strict=True):
         assert official.mask_iou(mask, target) == pytest.approx(case["iou"], **EXACT)
+        assert official.mask_metrics([mask], [target])["mDice"] == pytest.approx(case["dice"], **EXACT)
     ours = official.mask_metrics(given, targets, [case["modality"] for case in cases])
     assert ours["miou"] == pytest.approx(facts["miou"], **EXACT)
     assert ours["mDice"] == pytest.approx(facts["mDice"], **EXACT)

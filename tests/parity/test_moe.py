@@ -139,11 +139,14 @@ def test_every_recorded_layer_is_reproduced_with_its_drops_and_gradients(moe):
     compared = 0
     for layer in recorded["layer"]:
         for name, run in layer["runs"].items():
-            assert run["status"] == "ok"
             router, residual = build(layer, tensors, use_rts=name.endswith("_rts"))
             router.train(name.startswith("train"))
             tag = f"{layer['tag']}.{name}"
             x = tensors[f"{layer['tag']}.x"].clone().requires_grad_(True)
+            if run["status"] != "ok":
+                with pytest.raises(InputError, match=r"min_capacity|capacity factor"):
+                    router(x)
+                continue
             heard = []
             router.gate.register_forward_hook(lambda _, __, routing, heard=heard: heard.append(routing))
             with collect_aux_losses(router) as aux, record_routing(router) as trace:
@@ -155,8 +158,9 @@ def test_every_recorded_layer_is_reproduced_with_its_drops_and_gradients(moe):
             wanted = {"out": out, "grad_x": x.grad, "grad_wg": router.gate.weight.grad}
             wanted["gate_logits"] = heard[0].logits
             for key, ours in wanted.items():
+                near = 1e-4 if key.startswith("grad") else 2e-5
                 torch.testing.assert_close(
-                    ours, tensors[f"{tag}.{key}"], atol=2e-5, rtol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+                    ours, tensors[f"{tag}.{key}"], atol=near, rtol=near, msg=lambda m, k=key: f"{k}: {m}"
                 )
             compared += 1
     assert compared

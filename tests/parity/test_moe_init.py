@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from medplib import MedPLIB, assemble_mixture
+from medplib import MedPLIB, MedPLIBConfig, assemble_mixture
 from medplib.experts.upcycle import PUBLISHED_OVERRIDES
+from medplib.official.configuration import convert, is_official
 from medplib.official.files import merge_adapters
 from medplib.official.names import our_name, rename
 
@@ -16,7 +17,14 @@ def facts(golden):
     return golden("moe_init/moe_init.json")
 
 
-def test_adapters_merge_bit_for_bit(golden):
+@pytest.fixture
+def mixture(facts, golden_dir):
+    """A model of the recorded runs' sizes, with the mixture that was made of them."""
+    content = facts["stage_config_json"] | {"moe": facts["moe_config_written"]}
+    return MedPLIB(MedPLIBConfig(**convert(content, Recorded(golden_dir / "model_tiny").overrides)))
+
+
+def test_adapters_merge_as_published(golden):
     facts, tensors = golden("moe_init/lora_merge.json"), golden("moe_init/lora_merge.safetensors")
     given = {name: value for name, value in tensors.items() if not name.startswith("merged.")}
     merged = merge_adapters(given, facts["lora_alpha"] / facts["lora_r"])
@@ -28,25 +36,23 @@ def test_adapters_merge_bit_for_bit(golden):
     assert len(table) == len(wanted) > 0
     for name, value in wanted.items():
         ours = merged[table[our_name(name, experts)]][...]
-        assert (ours - value).abs().max() <= facts["max_abs_err"], name
+        # What was merged elsewhere may differ in the order of a sum.
+        assert (ours - value).abs().max() <= facts["max_abs_err"] + 1e-6 * value.abs().max(), name
 
 
-def test_the_names_of_every_published_run_are_ours(facts, golden_dir):
-    model = Recorded(golden_dir / "model_tiny").load()
-    experts = model.config.moe.experts
+def test_the_names_of_every_published_run_are_ours(facts, mixture):
+    experts = mixture.config.moe.experts
     written = [
         name.replace(".base_layer.", ".") for name in facts["train_state_dict_keys"] if "lora_" not in name
     ]
-    assert set(rename(written, experts)) == set(model.state_dict())
-    mixed = tuple(f"language_model.model.layers.{layer}.mlp." for layer in model.config.moe_layers)
-    outside = {name for name in model.state_dict() if not name.startswith(mixed)}
+    assert set(rename(written, experts)) == set(mixture.state_dict())
+    mixed = tuple(f"language_model.model.layers.{layer}.mlp." for layer in mixture.config.moe_layers)
+    outside = {name for name in mixture.state_dict() if not name.startswith(mixed)}
     assert {name for name in rename(facts["stage2_keys"]) if not name.startswith(mixed)} == outside
 
 
-def test_each_tensor_comes_from_the_published_run(facts, golden_dir):
+def test_each_tensor_comes_from_the_published_run(facts, mixture):
     """The frozen image side is the same in all runs; fresh gates stay as they are."""
-    recorded = Recorded(golden_dir / "model_tiny")
-    mixture = recorded.load()
     experts = mixture.config.moe.experts
     shapes = {ours: facts["stage2_keys"][theirs] for ours, theirs in rename(facts["stage2_keys"]).items()}
     runs = {
@@ -73,8 +79,6 @@ def test_each_tensor_comes_from_the_published_run(facts, golden_dir):
 
 
 def test_the_run_configuration_is_read_as_dense(facts, tmp_path):
-    from medplib.official.configuration import convert, is_official
-
     assert is_official(facts["stage_config_json"])
     assert convert(facts["stage_config_json"])["moe"] is None
     assert not is_official(MedPLIB.config_class().to_dict())

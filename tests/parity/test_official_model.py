@@ -1,14 +1,20 @@
 """The published tiny model loads, and gives the numbers that the published code gave."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from medplib.experts import balance_loss
+from medplib.experts.context import named_routers
 from medplib.geometry import official_crop
 from medplib.official.compat import THRESHOLD, mask_losses
 from medplib.processing import Batch
 
 from .recorded_model import Recorded, expand
+
+CLOSE = {"rel": 1e-5, "abs": 1e-6}  # of losses; a small one is a difference of larger numbers
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +48,11 @@ def model_for(recorded, published, case):
 
 
 def run(recorded, model, case, grad=False):
-    """The forward of a case. A row without image is filled up with zero vectors, as published."""
+    """The forward of a case. A row without image is filled up with zero vectors, as published. Also each
+    layer's Routing."""
     rows, names = recorded.rows(model, case), case.facts["samples"]
     shown = set(rows["image_index"].tolist())
-    read = case.tensors["in.input_ids"].shape[1] if "in.input_ids" in case.tensors else None
+    read = recorded.length(case)
 
     def fill_up(_, __, out):
         for row in range(len(out)):
@@ -53,12 +60,18 @@ def run(recorded, model, case, grad=False):
                 out[row, read:] = 0
         return out
 
-    hook = model.get_input_embeddings().register_forward_hook(fill_up) if len(shown) < len(names) else None
+    heard = []
+    hooks = [
+        router.gate.register_forward_hook(lambda _, __, routing: heard.append(routing))
+        for router in named_routers(model).values()
+    ]
+    if len(shown) < len(names):
+        hooks.append(model.get_input_embeddings().register_forward_hook(fill_up))
     with torch.set_grad_enabled(grad):
         out = model(**rows, **recorded.images(names), **recorded.regions(names), output_hidden_states=True)
-    if hook:
+    for hook in hooks:
         hook.remove()
-    return out
+    return out, heard
 
 
 def kept_masks(case, out) -> list[int]:
@@ -78,8 +91,15 @@ def test_every_recorded_forward_is_reproduced(recorded, published):
     assert recorded.cases
     for case in recorded.cases.values():
         model = model_for(recorded, published, case)
-        out = run(recorded, model, case)
+        out, heard = run(recorded, model, case)
         theirs = case.tensors
+        for routing, counts, balance in zip(
+            heard, theirs["out.exp_counts"], theirs["out.l_aux_per_layer"], strict=True
+        ):
+            first = routing.experts[:, :1]
+            assert torch.bincount(first[:, 0], minlength=len(counts)).tolist() == counts.tolist(), case.name
+            ours = balance_loss(routing.probabilities, first)
+            assert ours.item() == pytest.approx(balance.item(), **CLOSE), case.name
         for name in theirs:
             if name.startswith("out.hidden."):
                 which = name.removeprefix("out.hidden.")
@@ -90,11 +110,18 @@ def test_every_recorded_forward_is_reproduced(recorded, published):
         check_losses_and_masks(recorded, model, case, out)
 
 
+def words_loss(model, out):
+    """The cross-entropy and the balance losses, which a coefficient of 0 leaves out."""
+    return out.losses["ce"] + model.config.moe.balance_loss_coef * out.losses.get("balance", 0.0)
+
+
 def check_losses_and_masks(recorded, model, case, out):
     wanted, theirs = case.facts["losses"], case.tensors
-    weights = recorded.dims["loss_weights"]
-    ce = out.losses["ce"] + model.config.moe.balance_loss_coef * out.losses["balance"]
-    assert weights["ce"] * ce.item() == pytest.approx(wanted["ce_loss"], rel=1e-5), case.name
+    weights, ce = recorded.dims["loss_weights"], words_loss(model, out)
+    if math.isnan(wanted["ce_loss"]):  # no row has a label: here that is 0
+        assert out.losses["ce"].item() == 0.0
+    else:
+        assert weights["ce"] * ce.item() == pytest.approx(wanted["ce_loss"], **CLOSE), case.name
     kept, total = kept_masks(case, out), weights["ce"] * ce.item()
     assert len(kept) == len(case.facts["label_shapes"])
     for i, mask in enumerate(kept):
@@ -111,26 +138,29 @@ def check_losses_and_masks(recorded, model, case, out):
         sizes, targets = case.facts["resize_list"], recorded.targets(case.facts["samples"])
         terms = mask_losses(out.mask_logits[kept], out.iou_scores[kept], targets, sizes)
         for name, term in terms.items():
-            assert term.item() == pytest.approx(wanted[f"unscale_mask_{name}_loss"], rel=1e-5), case.name
+            assert term.item() == pytest.approx(wanted[f"unscale_mask_{name}_loss"], **CLOSE), case.name
             total += weights[name] * term.item()
-    assert total == pytest.approx(wanted["loss"], rel=1e-5), case.name
+    if not math.isnan(wanted["loss"]):
+        assert total == pytest.approx(wanted["loss"], **CLOSE), case.name
 
 
 def test_gradients_are_those_recorded(recorded, published):
     from medplib.official.names import our_name
 
-    compared = 0
-    for case in recorded.cases.values():
-        if "grad_norms" not in case.facts:
-            continue
+    cases = [case for case in recorded.cases.values() if "grad_norms" in case.facts]
+    if not cases:
+        pytest.skip("no gradients are recorded")
+    for case in cases:
         model = model_for(recorded, published, case)
         model.zero_grad()
-        out = run(recorded, model, case, grad=True)
+        out, _ = run(recorded, model, case, grad=True)
         weights, kept = recorded.dims["loss_weights"], kept_masks(case, out)
-        ce = out.losses["ce"] + model.config.moe.balance_loss_coef * out.losses["balance"]
-        targets = recorded.targets(case.facts["samples"])
-        masks = mask_losses(out.mask_logits[kept], out.iou_scores[kept], targets, case.facts["resize_list"])
-        (weights["ce"] * ce + sum(weights[name] * term for name, term in masks.items())).backward()
+        loss = weights["ce"] * words_loss(model, out)
+        if kept:
+            sizes, targets = case.facts["resize_list"], recorded.targets(case.facts["samples"])
+            masks = mask_losses(out.mask_logits[kept], out.iou_scores[kept], targets, sizes)
+            loss = loss + sum(weights[name] * term for name, term in masks.items())
+        loss.backward()
         ours = dict(model.named_parameters())
         for name, norm in case.facts["grad_norms"].items():
             grad = ours[our_name(name, model.config.moe.experts)].grad
@@ -139,9 +169,7 @@ def test_gradients_are_those_recorded(recorded, published):
             if name.startswith("grad."):
                 grad = ours[our_name(name.removeprefix("grad."), model.config.moe.experts)].grad
                 close(grad, value, 1e-4, f"{case.name} {name}")
-        compared += 1
         model.zero_grad()
-    assert compared
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +180,12 @@ def dropless(recorded, model):
 
 def test_the_dropless_model_sees_what_the_published_one_sees(recorded, model, published, dropless):
     """Where the published evaluation drops no token, real tokens get the same states without its gating."""
-    if not dropless:
+    cases = [case for case in recorded.cases.values() if not case.facts["training"]]
+    if not dropless or not cases:
         pytest.skip("the recorded evaluation drops tokens")
-    case = max(
-        (case for case in recorded.cases.values() if not case.facts["training"]),
-        key=lambda case: len(case.facts["samples"]),
-    )
+    case = max(cases, key=lambda case: len(case.facts["samples"]))
     real = recorded.rows(model, case)["attention_mask"].bool()
-    ours = run(recorded, model, case).hidden_states[-1]
-    theirs = run(recorded, published, case).hidden_states[-1]
+    ours, theirs = (run(recorded, each, case)[0].hidden_states[-1] for each in (model, published))
     close(ours[real], theirs[real], 1e-4, case.name)
 
 
@@ -183,10 +208,13 @@ def generated(recorded, model, name, facts, compat):
 
 @pytest.mark.parametrize(("variant", "compat"), [("head_fixed", "official"), ("release_9c3efe9", "release")])
 def test_recorded_generations_are_reproduced(recorded, model, published, dropless, variant, compat):
-    assert recorded.evaluations
     model = model if dropless else published
+    compared = 0
     for name, facts in recorded.evaluations.items():
         wanted = facts[variant]
+        if wanted["status"] != "ok":  # this variant of the published code failed
+            continue
+        compared += 1
         # The demo's switch leaves the mask out where no <SEG> was written.
         chosen = ["first_seg"] if facts["inference_demo"] and compat == "official" else compat
         tensors, out, logits = generated(recorded, model, name, facts, chosen)
@@ -200,10 +228,14 @@ def test_recorded_generations_are_reproduced(recorded, model, published, droples
             drawn, theirs = official_crop(logits[i], resized, size), tensors[f"{variant}.pred_mask.{i}"][0]
             close(drawn, theirs, 1e-3, name)
             assert torch.equal(drawn.sigmoid() > THRESHOLD, theirs.sigmoid() > THRESHOLD)
+    assert compared
 
 
-def test_by_default_a_mask_comes_from_the_state_that_predicts_each_seg(recorded, model):
+def test_by_default_a_mask_comes_from_the_state_that_predicts_each_seg(recorded, model, published, dropless):
+    model = model if dropless else published
     for name, facts in recorded.evaluations.items():
+        if facts["head_fixed"]["status"] != "ok":
+            continue
         tensors, _, logits = generated(recorded, model, name, facts, None)
         written = facts["head_fixed"]["new_ids"].count(model.config.tokens.seg)
         assert len(logits) == written

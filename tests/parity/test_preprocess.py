@@ -29,9 +29,10 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def stride(full: int, sampled: int) -> int:
-    """The step that leaves `sampled` of `full` values."""
-    return next(step for step in range(1, full + 1) if len(range(0, full, step)) == sampled)
+def stride(full: int, sampled: int, usual: int) -> int:
+    """The step that leaves `sampled` of `full` values: of several that do, the usual one."""
+    steps = [step for step in range(1, full + 1) if len(range(0, full, step)) == sampled]
+    return usual if usual in steps else steps[0]
 
 
 def test_clip_pictures_have_the_recorded_pixels(cases, golden):
@@ -56,14 +57,14 @@ def test_sam_pictures_have_the_recorded_pixels(cases):
         np.testing.assert_array_equal(box.image(picture), resized)
 
 
-@pytest.mark.parametrize(("kind", "prepare"), [("clip", prepare_clip), ("sam", prepare_sam)])
-def test_normalised_tensors_match_the_recorded_ones(cases, golden, kind, prepare):
+@pytest.mark.parametrize(("kind", "prepare", "usual"), [("clip", prepare_clip, 13), ("sam", prepare_sam, 11)])
+def test_normalised_tensors_match_the_recorded_ones(cases, golden, kind, prepare, usual):
     tensors = golden(f"{FOLDER}/preprocess.safetensors")
     for index, (facts, picture, *_) in enumerate(cases):
         ours = prepare(picture, facts[f"{kind}_shape"][-1])
         assert list(ours.shape) == facts[f"{kind}_shape"]
         recorded = tensors[f"{kind}.{index}.strided"]
-        step = stride(ours.shape[-1], recorded.shape[-1])
+        step = stride(ours.shape[-1], recorded.shape[-1], usual)
         torch.testing.assert_close(ours[:, ::step, ::step], recorded, rtol=1e-6, atol=1e-6)
         assert ours.double().sum().item() == pytest.approx(facts[f"{kind}_sum"], abs=0.5)
         assert ours.double().abs().sum().item() == pytest.approx(facts[f"{kind}_abs_sum"], abs=0.5)

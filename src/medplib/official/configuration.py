@@ -100,7 +100,9 @@ def convert(
     MoEConfig, where {"parity": "deepspeed"} brings the file's capacities into force. seg: id of `<SEG>`, by
     default the first after the language model's own words. Raises InputError for what cannot be represented.
     """
+    _check_mapping("overrides", overrides)
     overrides = dict(overrides or {})
+    _check_mapping("overrides['moe']", overrides.get("moe"))
     clip, sam = (
         _sizes(cls, overrides.pop(name, None), name) for cls, name in ((ClipSizes, "clip"), (SamSizes, "sam"))
     )
@@ -120,6 +122,12 @@ def convert(
             "region_geo_sampler is true: no published weights use it, and their names for it are not known. "
             "Set it to false, or build the model with region pooler 'geometry'."
         )
+    for key in ("mm_token_compress", "icl_mask_encoder"):
+        if content.get(key):
+            raise InputError(f"{key} is true: the parts of the in-context extension are not supported.")
+    if content.get("mm_vision_select_feature", "patch") != "patch":
+        kind = content["mm_vision_select_feature"]
+        raise InputError(f"mm_vision_select_feature must be 'patch', got {kind!r:.80}.")
     return {
         "text_config": text,
         "vision": {
@@ -158,9 +166,17 @@ def _sizes(cls: type, given: Any, name: str) -> Any:
     made = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     for key, value in dataclasses.asdict(made).items():
         numbers = value if isinstance(value, tuple) else [value]
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise InputError(f"overrides['{name}']['{key}'] must be whole numbers, got {value!r:.80}.")
+        least = 0 if key in ("window", "global_attn") else 1
+        if not all(type(n) is int and n >= least for n in numbers):
+            raise InputError(
+                f"overrides['{name}']['{key}'] must be whole numbers from {least}, got {value!r:.80}."
+            )
     return made
+
+
+def _check_mapping(name: str, given: Any) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"{name} must be a dict, got {given!r:.80}.")
 
 
 def _text(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,10 +214,12 @@ def _mixture(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
             "moe.num_experts must be one number for every mixed layer, all equal, got "
             f"{moe.get('num_experts')!r:.80}."
         )
+    top_k = moe.get("top_k_experts") or 1
     mixture = {
         "experts": expert_names(counts[0]),
         "layers": layers,
-        "top_k": moe.get("top_k_experts") or 1,
+        "top_k": top_k,
+        "renormalize": top_k == 2 and not changes.get("parity"),  # the published gate does so by itself
         "balance_loss_coef": _number(moe, "router_aux_loss_coef", 0.0),
     }
     if changes.get("parity"):

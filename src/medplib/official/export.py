@@ -21,6 +21,12 @@ from medplib.official.names import official_name
 if TYPE_CHECKING:
     from medplib.modeling import MedPLIB
 
+_GATE_ARGS = {
+    "use_rts",
+    "seed",
+    "noise",
+    "noise_scale",
+}  # those that leave the choice and its weights as they are
 INDEX = "model.safetensors.index.json"
 _TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -119,8 +125,9 @@ def official_content(model: MedPLIB) -> dict[str, Any]:
 
 
 def _check(model: MedPLIB, folder: Path) -> None:
-    config, text = model.config, model.config.text_config
+    config, text, moe = model.config, model.config.text_config, model.config.moe
     width = text.hidden_size // text.num_attention_heads
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
     names = {
         "text_config.model_type": (text.model_type, "llama"),
         "text_config.attention_bias": (getattr(text, "attention_bias", False), False),
@@ -130,8 +137,19 @@ def _check(model: MedPLIB, folder: Path) -> None:
         "vision.projector": (config.vision.projector.name, "mlp2x_gelu"),
         "region.pooler": (config.region.pooler.name, "mean"),
         "mask.encoder": (config.mask.encoder.name, "sam_vit"),
+        "region.pooler.args.weights": (config.region.pooler.args.get("weights", "binary"), "binary"),
         "mask.decoder": (config.mask.decoder.name, "sam"),
+        "mask.encoder.args.adapters": (config.mask.encoder.args.get("adapters", True), True),
     }
+    if rope not in ("default", "linear", "dynamic"):
+        names["text_config.rope_parameters"] = (rope, "default")
+    if moe is not None:
+        names |= {
+            "moe.gate": (moe.gate, "topk"),
+            "moe.score": (moe.score, "softmax"),
+            "moe.gate_args": (sorted(moe.gate_args.keys() - _GATE_ARGS), []),
+            "moe.renormalize": (moe.renormalize, moe.top_k == 2 and moe.parity is None),
+        }
     wrong = [f"{key} is {has!r}, needed {needs!r}" for key, (has, needs) in names.items() if has != needs]
     if wrong:
         raise InputError(f"The published layout cannot hold this model: {'; '.join(wrong)}.")

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medplib.errors import CheckpointError
+from medplib.errors import CheckpointError, is_number
 from medplib.weights import shape_of
 
 _LORA = re.compile(r"(?P<layer>.+)\.(?P<part>base_layer|lora_A|lora_B)(?:\.[^.]+)??\.(?P<kind>weight|bias)")
@@ -71,11 +71,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return content
 
 
-def merge_adapters(state: Mapping[str, Any], scaling: float | None) -> dict[str, Any]:
+def merge_adapters(
+    state: Mapping[str, Any], scaling: float | None, rank: int | None = None
+) -> dict[str, Any]:
     """The state with every `lora_A`, `lora_B` pair merged into its `base_layer` (or plain) weight.
 
-    scaling: alpha / r of the adapters. Raises CheckpointError for half a pair, and for adapters whose scaling
-    is not known.
+    scaling: alpha / r of the adapters; rank: that r, where it is known. Raises CheckpointError for half a
+    pair, for shapes that do not fit, and for adapters whose scaling is not known.
     """
     plain: dict[str, Any] = {}
     pairs: dict[str, dict[str, Any]] = {}
@@ -97,22 +99,38 @@ def merge_adapters(state: Mapping[str, Any], scaling: float | None) -> dict[str,
                 "The checkpoint holds LoRA adapters, but not their scaling: put adapter_config.json (with r "
                 "and lora_alpha) beside it."
             )
+        base, down, up = (shape_of(value) for value in (plain[name], pair["lora_A"], pair["lora_B"]))
+        inner = down[0] if rank is None and down else rank
+        if len(base) != 2 or down != [inner, base[1]] or up != [base[0], inner]:
+            raise CheckpointError(
+                f"The adapter of {name!r} does not fit: lora_A {down}, lora_B {up}, rank {inner} for {base}."
+            )
         plain[name] = Merged(plain[name], pair["lora_A"], pair["lora_B"], scaling)
     return plain
 
 
-def adapter_scaling(folder: Path) -> float | None:
-    """alpha / r from a folder's adapter_config.json; None without one."""
+def adapter_settings(folder: Path) -> tuple[float | None, int | None]:
+    """alpha / r and r from a folder's adapter_config.json; None twice without one. Raises CheckpointError for
+    a kind of adapter that is not W + alpha / r * B A with one alpha and r for all layers."""
     path = folder / "adapter_config.json"
     if not path.is_file():
-        return None
+        return None, None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = content["r"], content["lora_alpha"]
-        root = content.get("use_rslora", False)
-        return alpha / rank**0.5 if root else alpha / rank
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{str(path)!r} is damaged ({error!r}); copy it again.") from error
+    if type(rank) is not int or rank < 1 or not is_number(alpha):
+        raise CheckpointError(
+            f"{str(path)!r} has r {rank!r:.40} and lora_alpha {alpha!r:.40}; copy it again."
+        )
+    for key in ("rank_pattern", "alpha_pattern", "use_dora"):
+        if content.get(key):
+            raise CheckpointError(
+                f"{str(path)!r} has {key} {content[key]!r:.80}, which is not supported: merge the adapter "
+                "with peft (merge_and_unload) and load the result."
+            )
+    return (alpha / rank**0.5 if content.get("use_rslora", False) else alpha / rank), rank
 
 
 @dataclass(frozen=True)

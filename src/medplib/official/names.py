@@ -80,8 +80,9 @@ def rename(names: Iterable[str], experts: Sequence[str] = ()) -> dict[str, str]:
 
 
 def sam_name(name: str) -> str:
-    """A name of a SAM or SAM-Med2D checkpoint -> ours."""
-    return our_name(f"model.visual_model.{name}") or name
+    """A name of a SAM or SAM-Med2D checkpoint -> ours; one of no part comes back unchanged."""
+    known = name.startswith(("image_encoder.", "prompt_encoder.", "mask_decoder."))
+    return (our_name(f"model.visual_model.{name}") if known else None) or name
 
 
 def _layer_in(rest: str, experts: Sequence[str]) -> str:

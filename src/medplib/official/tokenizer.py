@@ -71,7 +71,15 @@ class LegacyLlamaTokenizer:
             ) from error
         if not isinstance(added, dict) or not all(type(number) is int for number in added.values()):
             raise CheckpointError(f"{ADDED_FILE} of {str(folder)!r} must give a number for each token.")
-        return cls(model, added, settings if isinstance(settings, dict) else {})
+        tokenizer = cls(model, added, settings if isinstance(settings, dict) else {})
+        count, known = len(tokenizer.pieces), {text: i for i, (text, *_) in enumerate(tokenizer.pieces)}
+        own = sorted(number for token, number in added.items() if known.get(token) != number)
+        if own != list(range(count, count + len(own))):
+            raise CheckpointError(
+                f"{MODEL_FILE} of {str(folder)!r} has {count} tokens, but {ADDED_FILE} does not go on from "
+                "there; they do not belong together."
+            )
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> list[str]:
         """Write the three files that `from_pretrained` reads; returns their paths."""
@@ -195,7 +203,8 @@ class LegacyLlamaTokenizer:
         for number in ids:
             text, _, kind = self.pieces[number] if number < len(self.pieces) else ("", 0.0, 1)
             raw += bytes([int(text[1:-1], 16)]) if kind == _BYTE else text.replace(SPACE, " ").encode()
-        return raw.decode("utf-8", "replace").removeprefix(" ")
+        # As sentencepiece does: a mark for every byte that belongs to no character, not one for several.
+        return re.sub("[\udc80-\udcff]", "\ufffd", raw.decode("utf-8", "surrogateescape")).removeprefix(" ")
 
 
 def _merge(text: str, scores: dict[str, float]) -> list[str]:
