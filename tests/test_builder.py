@@ -25,6 +25,7 @@ from medplib.data.builder import (
 from medplib.data.builder.components import component_sizes
 from medplib.data.builder.facts import Thing, image_facts, place, relation
 from medplib.data.builder.words import both, fill, indefinite, is_abnormal, is_plural
+from medplib.data.files import File, ImageFile
 from medplib.errors import InputError, MedPLIBError
 
 TASKS = ("Grounding", "Region", "Complex")
@@ -504,6 +505,10 @@ def test_records_of_any_reader_become_questions_about_their_masks(tmp_path):
             seen.add((case, label))
     assert len(seen) == 4
     assert 0 < built[0].load_images()[0].mean() < 200  # 16 bits, stretched and not cut off
+    deep = Image.fromarray(rng.integers(0, 60_000, SIZE).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    sample = ImageSample(tmp_path / "deep.png", "CT", "mine", "a", "train", "real")
+    np.testing.assert_array_equal(sample.load_image(), ImageFile(File(str(tmp_path / "deep.png"))).load())
     with pytest.raises(InputError, match="says no modality"):
         RecordSamples(read("folder", tmp_path / "set"))
     with pytest.raises(InputError, match="No record has a mask with a name"):
