@@ -241,6 +241,8 @@ def test_other_planes_and_single_slices(tiny, tmp_path, chest):
         ({"window": "lung"}, r"such as \(-1000, 400\), got 'lung'"),
         ({"window": (0, 1, 2)}, r"got \(0, 1, 2\)"),
         ({"window": 400}, "got 400"),
+        ({"window": ("0", "400")}, r"got \('0', '400'\)"),
+        ({"window": (0, float("inf"))}, r"got \(0, inf\)"),
         ({"window": (5, 5)}, r"from a lower to a higher value, such as \(-1000, 400\), got \(5, 5\)"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"target": ""}, "Name what to segment"),

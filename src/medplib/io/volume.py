@@ -221,10 +221,10 @@ def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
 
 def _is_window(window: Any) -> bool:
     try:
-        low, high = map(float, window)
+        low, high = (float(value) for value in window if not isinstance(value, str))
     except (TypeError, ValueError):
         return False
-    return low < high
+    return -math.inf < low < high < math.inf
 
 
 def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
