@@ -461,7 +461,8 @@ def test_what_the_published_code_would_compute_otherwise_is_not_exported(model, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_top_2_mixture_renormalises_its_two_weights_as_published(folder, load):
+@pytest.mark.parametrize("said", [2, 1])
+def test_a_top_2_mixture_renormalises_its_two_weights_as_published(recorded, folder, load, said):
     """Three experts, the third a copy of the second; compared with the sum over both choices written out."""
 
     def with_third(state):
@@ -473,8 +474,11 @@ def test_a_top_2_mixture_renormalises_its_two_weights_as_published(folder, load)
 
     change_weights(folder, with_third)
     content = json.loads((folder / "config.json").read_text())
-    change_config(folder, moe=content["moe"] | {"num_experts": 3, "top_k_experts": 2})
-    mixture = load().language_model.model.layers[0].mlp
+    change_config(
+        folder, moe=content["moe"] | {"num_experts": 3, "top_k_experts": said}, mm_vision_select_feature=None
+    )
+    overrides = recorded.overrides | ({} if said == 2 else {"moe": {"top_k": 2}})
+    mixture = load(overrides=overrides).language_model.model.layers[0].mlp
     x = torch.randn(7, mixture.dim, generator=torch.Generator().manual_seed(0))
     weights, experts = (x @ mixture.gate.weight.T).softmax(-1).topk(2)
     weights = weights / weights.sum(-1, keepdim=True)

@@ -18,7 +18,11 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture
 def queue(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    return import_module("gpu_queue")
+    module = import_module("gpu_queue")
+    monkeypatch.setattr(
+        module, "devices", lambda: ["a GPU, driver 1"]
+    )  # where torch tells, that takes a second
+    return module
 
 
 def row(queue, name: str, code: str, needs: float = 0, limit: float = 60, bars: tuple = (), gpus: int = 1):
@@ -88,6 +92,14 @@ def test_numbers_of_an_earlier_queue_are_not_taken_for_new_ones(queue, tmp_path)
         [row(queue, "old", "", bars=(queue.Bar("a", "ratio", 2),))], tmp_path, minutes=1
     )
     assert results[0].lines == []
+
+
+def test_devices_are_those_that_nvidia_smi_lists(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H200, 570.1'\necho 'NVIDIA H200, 570.1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert import_module("gpu_queue").devices() == ["NVIDIA H200, driver 570.1"] * 2
 
 
 def test_bar_judges_the_worst_of_the_lines_it_means(queue):
