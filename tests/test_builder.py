@@ -516,6 +516,18 @@ def test_records_of_any_reader_become_questions_about_their_masks(tmp_path):
         RecordSamples([Record((("Q", "A"),), records[0].images, modality="CT")])
 
 
+def test_names_in_other_scripts_have_files_of_their_own(tmp_path):
+    for name, box in (("肺", (5, 5, 25, 40)), ("肝", (40, 20, 60, 44))):
+        (tmp_path / "set" / "masks" / name).mkdir(parents=True)
+        Image.fromarray(rectangle(*box) * np.uint8(255)).save(tmp_path / "set" / "masks" / name / "a.png")
+    (tmp_path / "set" / "images").mkdir()
+    Image.fromarray(rectangle(5, 5, 60, 44)).save(tmp_path / "set" / "images" / "a.png")
+    samples = RecordSamples(read("folder", tmp_path / "set", modality="CT"))
+    build_mecovqa(samples, tmp_path / "out", BuildSettings(types=("grounding",), per_image=4))
+    masks = {path.name for path in (tmp_path / "out" / "masks").iterdir()}
+    assert {f"ct_00--folder--a--000000--{name}.png" for name in "肺肝"} <= masks
+
+
 def test_a_picture_in_memory_is_a_case_of_its_own(tmp_path):
     rng, area = np.random.default_rng(0), rectangle(5, 5, 25, 40)
     said = (("Segment the cyst.", "Here is the <ref>cyst</ref> <SEG>."),)
