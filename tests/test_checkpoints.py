@@ -542,6 +542,17 @@ def test_an_adapter_that_does_not_fit_its_layer_is_refused(folder, load, model, 
         load(adapter=5)
 
 
+def test_an_adapter_with_a_bias_of_its_own_is_refused(folder, load, model, tmp_path):
+    width = model.config.text_config.hidden_size
+    adapter = write_adapter(tmp_path, width, {"r": 1, "lora_alpha": 2, "lora_bias": True})
+    pair = load_file(adapter / "adapter_model.safetensors")
+    (name,) = [name for name in pair if "lora_B" in name]
+    bias = {name.replace(".weight", ".bias"): torch.ones(width)}
+    save_file(pair | bias, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora_B\.bias' is a bias of the adapter's own"):
+        load(adapter=adapter)
+
+
 def write_adapter(folder, width, settings):
     """A folder with an adapter of rank 1 for one square layer of that width."""
     (folder / "adapter").mkdir()

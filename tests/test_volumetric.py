@@ -238,6 +238,7 @@ def test_other_planes_and_single_slices(tiny, tmp_path, chest):
         ({"slices": [1.5]}, "got 1.5"),
         ({"slices": 3}, r"slices are numbers, such as \[40\] or range\(10, 41\), got 3"),
         ({"slices": "3:5"}, "slices are numbers.*got '3:5'"),
+        ({"slices": [0, "a"]}, r"numbered from 0 to \d+ \(axial\); got a"),
         ({"window": "lung"}, r"such as \(-1000, 400\), got 'lung'"),
         ({"window": (0, 1, 2)}, r"got \(0, 1, 2\)"),
         ({"window": 400}, "got 400"),

@@ -74,13 +74,13 @@ class Volume:
         if isinstance(chosen, str) or not isinstance(chosen, Iterable | None):
             raise InputError(f"slices are numbers, such as [40] or range(10, 41), got {chosen!r}.")
         count = self.values.shape[AXES[axis]]
-        found = list(range(count)) if chosen is None else sorted(set(chosen))
+        found = list(range(count) if chosen is None else chosen)
         wrong = [index for index in found if not (isinstance(index, Integral) and 0 <= index < count)]
         if wrong or not found:
             raise InputError(
                 f"Slices are numbered from 0 to {count - 1} ({axis}); got {wrong[0] if wrong else 'none'}."
             )
-        return found
+        return sorted(set(found))
 
     def picture(self, axis: str, index: int) -> np.ndarray:
         """A slice as a picture, uint8 (h, w, 3). Raises InputError for a slice that is not there."""
