@@ -339,6 +339,7 @@ def table(path, *rows):
     ("name", "text"),
     [
         ("t.csv", "Image,Question,Answer,Mask\na.png,What?,Fat.,\na.png,Where?,Here.,m.png\n"),
+        ("t.csv", "image,question,answer,mask,Box\na.png,What?,Fat.,,no\na.png,Where?,Here.,m.png,no\n"),
         ("t.csv", "image;question;answer;mask\na.png;What?;Fat.;\na.png;Where?;Here.;m.png\n"),
         ("t.csv", "image;question;answer;mask;from (x, y, z)\na.png;What?;Fat.;;\n"
          "a.png;Where?;Here.;m.png;\n"),
