@@ -1,6 +1,7 @@
 """The MeCoVQA builder: what it says is what the masks say, in MeCoVQA's format, split by case."""
 
 import dataclasses
+import io
 import json
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ from medplib.data.builder import (
 from medplib.data.builder.components import component_sizes
 from medplib.data.builder.facts import Thing, image_facts, place, relation
 from medplib.data.builder.words import both, fill, indefinite, is_abnormal, is_plural
+from medplib.data.files import Bytes, File, Held, ImageFile
 from medplib.errors import InputError, MedPLIBError
 
 TASKS = ("Grounding", "Region", "Complex")
@@ -504,10 +506,43 @@ def test_records_of_any_reader_become_questions_about_their_masks(tmp_path):
             seen.add((case, label))
     assert len(seen) == 4
     assert 0 < built[0].load_images()[0].mean() < 200  # 16 bits, stretched and not cut off
+    deep = Image.fromarray(rng.integers(0, 60_000, SIZE).astype(np.uint16))
+    deep.save(tmp_path / "deep.png")
+    sample = ImageSample(tmp_path / "deep.png", "CT", "mine", "a", "train", "real")
+    np.testing.assert_array_equal(sample.load_image(), ImageFile(File(str(tmp_path / "deep.png"))).load())
     with pytest.raises(InputError, match="says no modality"):
         RecordSamples(read("folder", tmp_path / "set"))
     with pytest.raises(InputError, match="No record has a mask with a name"):
         RecordSamples([Record((("Q", "A"),), records[0].images, modality="CT")])
+
+
+def test_names_in_other_scripts_have_files_of_their_own(tmp_path):
+    for name, box in (("肺", (5, 5, 25, 40)), ("肝", (40, 20, 60, 44))):
+        (tmp_path / "set" / "masks" / name).mkdir(parents=True)
+        Image.fromarray(rectangle(*box) * np.uint8(255)).save(tmp_path / "set" / "masks" / name / "a.png")
+    (tmp_path / "set" / "images").mkdir()
+    Image.fromarray(rectangle(5, 5, 60, 44)).save(tmp_path / "set" / "images" / "a.png")
+    samples = RecordSamples(read("folder", tmp_path / "set", modality="CT"))
+    build_mecovqa(samples, tmp_path / "out", BuildSettings(types=("grounding",), per_image=4))
+    masks = {path.name for path in (tmp_path / "out" / "masks").iterdir()}
+    assert {f"ct_00--folder--a--000000--{name}.png" for name in "肺肝"} <= masks
+
+
+def test_a_picture_in_memory_is_a_case_of_its_own(tmp_path):
+    rng, area = np.random.default_rng(0), rectangle(5, 5, 25, 40)
+    said = (("Segment the cyst.", "Here is the <ref>cyst</ref> <SEG>."),)
+    records = []
+    for _ in range(8):
+        picture, file = rng.integers(0, 255, (*SIZE, 3)).astype(np.uint8), io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        for image in (Held(picture[::-1]), ImageFile(Bytes(file.getvalue(), "image"))):
+            records.append(Record(said, (image,), masks=(Held(area > 0),), modality="CT", labels=("cyst",)))
+    samples = RecordSamples(records)
+    assert len({sample.case for sample in samples}) == len(records)
+    report = build_mecovqa(samples, tmp_path / "out", BuildSettings(types=("grounding",), test_share=0.5))
+    (shares,) = report.split.values()
+    assert sum(share["images"] for share in shares.values()) == len(records)
+    assert all(share["cases"] > 1 for share in shares.values())
 
 
 def test_the_folder_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):

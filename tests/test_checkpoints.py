@@ -461,7 +461,8 @@ def test_what_the_published_code_would_compute_otherwise_is_not_exported(model, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_top_2_mixture_renormalises_its_two_weights_as_published(folder, load):
+@pytest.mark.parametrize("said", [2, 1])
+def test_a_top_2_mixture_renormalises_its_two_weights_as_published(recorded, folder, load, said):
     """Three experts, the third a copy of the second; compared with the sum over both choices written out."""
 
     def with_third(state):
@@ -473,8 +474,11 @@ def test_a_top_2_mixture_renormalises_its_two_weights_as_published(folder, load)
 
     change_weights(folder, with_third)
     content = json.loads((folder / "config.json").read_text())
-    change_config(folder, moe=content["moe"] | {"num_experts": 3, "top_k_experts": 2})
-    mixture = load().language_model.model.layers[0].mlp
+    change_config(
+        folder, moe=content["moe"] | {"num_experts": 3, "top_k_experts": said}, mm_vision_select_feature=None
+    )
+    overrides = recorded.overrides | ({} if said == 2 else {"moe": {"top_k": 2}})
+    mixture = load(overrides=overrides).language_model.model.layers[0].mlp
     x = torch.randn(7, mixture.dim, generator=torch.Generator().manual_seed(0))
     weights, experts = (x @ mixture.gate.weight.T).softmax(-1).topk(2)
     weights = weights / weights.sum(-1, keepdim=True)
@@ -536,6 +540,17 @@ def test_an_adapter_that_does_not_fit_its_layer_is_refused(folder, load, model, 
         load(adapter=adapter)
     with pytest.raises(InputError, match="adapter must be the path of a folder, got 5"):
         load(adapter=5)
+
+
+def test_an_adapter_with_a_bias_of_its_own_is_refused(folder, load, model, tmp_path):
+    width = model.config.text_config.hidden_size
+    adapter = write_adapter(tmp_path, width, {"r": 1, "lora_alpha": 2, "lora_bias": True})
+    pair = load_file(adapter / "adapter_model.safetensors")
+    (name,) = [name for name in pair if "lora_B" in name]
+    bias = {name.replace(".weight", ".bias"): torch.ones(width)}
+    save_file(pair | bias, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lora_B\.bias' is a bias of the adapter's own"):
+        load(adapter=adapter)
 
 
 def write_adapter(folder, width, settings):

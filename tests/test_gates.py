@@ -135,7 +135,7 @@ def test_a_gate_of_your_own_needs_only_the_settings_that_it_has(monkeypatch):
     monkeypatch.setitem(GATES._entries, "even", Even)
     router = MoERouter(DIM, 3, gate="even", hidden_dim=4)
     assert router(torch.randn(5, DIM)).shape == (5, DIM)
-    with pytest.raises(InputError, match=r"The gate 'even' has no setting top_k\."):
+    with pytest.raises(InputError, match=r"The gate 'even' has no setting top_k\. Known: none\."):
         MoERouter(DIM, 3, gate="even", top_k=2)
 
 

@@ -570,6 +570,9 @@ def test_an_option_that_nobody_knows_is_refused_with_the_one_that_was_meant(tiny
     with pytest.raises(InputError, match="seed must be a whole number or None, got 'a'"):
         tiny_model.ask(pictures[0], "What?", seed="a")
     tiny_model.ask(pictures[0], "What?", max_new_tokens=1, min_new_tokens=1, output_scores=True)
+    tiny_model.ask(
+        pictures[0], "What?", max_new_tokens=1, repetition_penalty=1.0, no_repeat_ngram_size=0
+    )  # as good as none
 
 
 # ----------------------------------------------------------------------------------- wrong tensors and sizes

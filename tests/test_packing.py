@@ -283,6 +283,17 @@ def test_lora_on_the_linears_leaves_the_base_weights_packed():
     torch.testing.assert_close(merged(x), after)
 
 
+def test_lora_on_whole_experts_leaves_its_own_weights_unpacked():
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(MoERouter(DIM, {"a": nn.Linear(DIM, DIM), "b": nn.Linear(DIM, DIM)}))
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["a", "b"]))
+    router = tuned.base_model.model[0]
+    router.pack()
+    assert set(router.packed_weights()) == {"base_layer.weight", "base_layer.bias"}
+    router.experts["b"].base_layer.weight.data = torch.zeros(DIM, DIM)
+    assert router.packed_weights() is None
+
+
 def test_transformers_saves_packed_experts_and_loads_them_apart(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

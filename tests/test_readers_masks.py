@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from medplib.data import read
-from medplib.data.files import Bytes, ImageFile
+from medplib.data.files import Bytes, File, ImageFile, MaskFile
 from medplib.data.readers.coco import polygons_mask
 from medplib.errors import InputError
 from medplib.prompts.types import Box, Point
@@ -339,7 +339,12 @@ def table(path, *rows):
     ("name", "text"),
     [
         ("t.csv", "Image,Question,Answer,Mask\na.png,What?,Fat.,\na.png,Where?,Here.,m.png\n"),
+        ("t.csv", "image,question,answer,mask,Box\na.png,What?,Fat.,,no\na.png,Where?,Here.,m.png,no\n"),
         ("t.csv", "image;question;answer;mask\na.png;What?;Fat.;\na.png;Where?;Here.;m.png\n"),
+        ("t.csv", "image;question;answer;mask;from (x, y, z)\na.png;What?;Fat.;;\n"
+         "a.png;Where?;Here.;m.png;\n"),
+        ("t.tsv", "image\tquestion\tanswer\tmask\tnotes, others, dates\na.png\tWhat?\tFat.\t\t\n"
+         "a.png\tWhere?\tHere.\tm.png\t\n"),
         ("t.tsv", "image\tquestion\tanswer\tmask\na.png\tWhat?\tFat.\t\na.png\tWhere?\tHere.\tm.png\n"),
         ("t.json", '[{"image": "a.png", "question": "What?", "answer": "Fat."}, {"image": "a.png", '
          '"question": "Where?", "answer": "Here.", "mask": "m.png"}]'),
@@ -449,6 +454,22 @@ def test_csv_names_its_splits(tmp_path):
     rows = [("a.png", "Q", "A", "CT", "", split) for split in ("train", "test", "")]
     with pytest.raises(InputError, match=r"table.csv' has no split 'tset'\. Known: test, train\."):
         read("folder", table(tmp_path / "table.csv", *rows), split="tset")
+
+
+def test_a_colour_of_a_lossy_mask_counts_as_white_does_and_lossless_webp_keeps_small_values(tmp_path):
+    values = np.zeros((64, 64), np.uint8)
+    values[20:40, 20:40], values[48:60, 48:60] = 255, 60
+    coloured = np.zeros((64, 64, 3), np.uint8)
+    coloured[20:40, 20:40], coloured[48:60, 48:60] = (255, 0, 0), 255
+    for name, pixels, options in (
+        ("grey.webp", values, {"lossless": True}),
+        ("colour.webp", coloured, {"lossless": True}),
+        ("colour.jpg", coloured, {"quality": 95, "subsampling": 0}),
+        ("red.jpg", coloured * (values == 255)[..., None], {"quality": 95, "subsampling": 0}),
+    ):
+        Image.fromarray(pixels).save(tmp_path / name, **options)
+        found = MaskFile(File(str(tmp_path / name))).load()
+        np.testing.assert_array_equal(found, pixels.reshape(64, 64, -1).any(axis=2), err_msg=name)
 
 
 def test_a_split_of_what_has_none_is_refused_with_the_remedy(tmp_path):

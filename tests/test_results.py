@@ -146,6 +146,8 @@ def test_overlay_for_a_figure_takes_colours_fill_and_no_legend():
     assert picture.shape == answer.images[0].shape
     inside = masks[0] & only & ~contour(masks[0])
     assert (picture[inside] == (158, 30, 30)).all()  # halfway between 60 and the colour
+    from_array = answer.overlay(colors=np.array([[255, 0, 0]]), fill=0.5, legend=False)
+    assert np.array_equal(np.asarray(from_array), picture)
     outlines = np.asarray(answer.overlay(fill=0, legend=False))
     rims = contour(masks[0]) | contour(masks[1])
     assert np.array_equal((outlines != 60).any(axis=-1), rims)
@@ -154,6 +156,9 @@ def test_overlay_for_a_figure_takes_colours_fill_and_no_legend():
         ({"colors": []}, "0 to 255, got"),
         ({"colors": [(1.0, 0, 0)]}, r"0 to 255, got \[\(1.0, 0, 0\)\]"),
         ({"colors": ["red"]}, r"\(red, green, blue\) each"),
+        ({"colors": (255, 0, 0)}, r"got \(255, 0, 0\)"),
+        ({"colors": [(0, 0, 256)]}, r"got \[\(0, 0, 256\)\]"),
+        ({"colors": None}, "0 to 255, got None"),
     ):
         with pytest.raises(InputError, match=message):
             answer.overlay(**options)

@@ -224,6 +224,9 @@ def test_pictures_without_records_to_ask_are_refused_before_anything(tiny_folder
     with pytest.raises(InputError, match=r"validation\.held: there is no .*--set validation\.held\.path="):
         train(wish, sources={"some": records()})
     assert not any((tmp_path / "run").glob("*"))
+    run(tiny_folder, tmp_path / "run")
+    (done,) = train(wish, sources={"some": records()})  # it is finished: nobody is asked
+    assert done.folder.is_dir()
 
 
 def test_nan_stops_the_run_and_the_batch_is_kept(tiny_folder, tmp_path, monkeypatch):
@@ -381,7 +384,7 @@ def test_an_argument_of_the_augmentation_that_cannot_be_is_named(tmp_path, augme
     ],
 )
 def test_a_setting_of_no_use_is_an_error_of_ours(tmp_path, changes, message):
-    recipe = load_recipe("tiny", {"out": str(tmp_path / "run"), **changes}, stages="align")
+    recipe = load_recipe("tiny", {"out": str(tmp_path / "run"), "sample_steps": 0, **changes}, stages="align")
     with pytest.raises(MedPLIBError, match=message):
         checks.check_run(recipe)
     assert not list(tmp_path.iterdir())

@@ -40,6 +40,7 @@ _OTHER_DECODING = {
     *("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "prefill_chunk_size"),
     *("repetition_penalty", "no_repeat_ngram_size"),
 }
+_WITHOUT_EFFECT = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 @dataclass
@@ -73,7 +74,9 @@ class AnsweringMixin:
                     f"Masks need {name}=1, got {kwargs[name]}; decode greedily, or sample with "
                     "do_sample=True."
                 )
-        wrong = sorted(kwargs.keys() & _OTHER_DECODING)
+        wrong = sorted(
+            name for name in kwargs.keys() & _OTHER_DECODING if kwargs[name] != _WITHOUT_EFFECT.get(name, ...)
+        )
         if wrong:
             raise InputError(
                 f"Masks cannot follow {', '.join(wrong)}; decode greedily, or with do_sample=True."

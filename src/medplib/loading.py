@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.resources
 import json
 import re
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.utils import logging
 
@@ -25,18 +23,13 @@ from medplib.experts.context import named_routers
 from medplib.experts.packing import pack_mixtures
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
+from medplib.weight_files import CHECKSUMS, check_files, sha256_of, weights_sha256
 from medplib.weights import shorten
 
 EMBEDDED = ("medplib-tiny",)
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHECKSUMS = (
-    "weights.sha256"  # as `sha256sum` writes it; `sha256sum -c weights.sha256` checks a folder by hand
-)
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CHECKSUMS)  # nothing that is a pickle
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SETTINGS = {"text_config", "vision", "region", "mask", "moe", "tokens", "losses", "template"}
 # Of a folder's generation_config.json; another way of decoding is the caller's to choose.
 _GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p")
@@ -123,11 +116,6 @@ def read_config(folder: Path, **changes) -> MedPLIBConfig:
     return config
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash for all safetensors files of a folder, in order of their names."""
-    return _sha256(*sorted(folder.glob("*.safetensors")))
-
-
 class LoadingMixin:
     """`from_pretrained` and `save_pretrained` of MedPLIB."""
 
@@ -199,7 +187,7 @@ class LoadingMixin:
                 f"{str(folder)!r} holds an adapter_config.json, which is for published layouts; remove it."
             )
         elif kwargs.get("state_dict") is None and kwargs.get("variant") is None:
-            _check_files(folder, config)
+            check_files(folder, config.text_config.num_hidden_layers)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs["dtype"] = torch.float32 if config.dtype in (torch.float16, torch.float32) else "auto"
         kwargs |= {
@@ -266,7 +254,7 @@ class LoadingMixin:
             weights = sorted(folder.glob("model*.safetensors"))
             for path in weights:  # safetensors 0.8 gives them to their owner alone
                 shutil.copymode(folder / "config.json", path)
-            lines = [f"{_sha256(path)}  {path.name}\n" for path in weights]
+            lines = [f"{sha256_of(path)}  {path.name}\n" for path in weights]
             # Last of all: until then the checksums of an earlier save reveal one that was interrupted.
             (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
@@ -278,75 +266,6 @@ class LoadingMixin:
         digest = getattr(self, "_sha256", None) or ""
         known = {"name": getattr(self, "name", "unnamed"), "weights_sha256": digest}
         return known | ({} if self.quantization is None else {"quantized": self.quantization.kind})
-
-
-def _check_files(folder: Path, config: MedPLIBConfig) -> None:
-    """What can be seen before building: files there, readable, unchanged, and as many layers as named."""
-    files = _weight_files(folder)
-    keys: list[str] = []
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys += file.keys()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"The weights {str(path)!r} are damaged ({error}); copy them again."
-            ) from error
-    found = {
-        int(m[1]) for m in (re.match(r"language_model\.(?:\w+\.)*?layers\.(\d+)\.", key) for key in keys) if m
-    }
-    layers = config.text_config.num_hidden_layers
-    if found and max(found) + 1 != layers:
-        raise CheckpointError(
-            f"config.json of {str(folder)!r} says text_config.num_hidden_layers is {layers}, but its "
-            f"weights have {max(found) + 1} layers; they do not belong together."
-        )
-    _check_sums(folder, files)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. CheckpointError, with a remedy where there are pickles only."""
-    single, index = folder / WEIGHTS, folder / INDEX
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-        if pickles:
-            raise CheckpointError(
-                f"{str(folder)!r} holds its weights only as {', '.join(pickles[:3])}: a pickle, which can "
-                "run any code "
-                "when it is loaded. Convert it where you trust it: safetensors.torch.save_file(torch.load("
-                f"{pickles[0]!r}, weights_only=True), {WEIGHTS!r})."
-            )
-        raise CheckpointError(
-            f"{str(folder)!r} holds no {WEIGHTS}; copy the whole folder, or save the model again."
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{str(index)!r} is damaged ({error!r}); copy it again.") from error
-    for name, path in zip(names, files, strict=True):
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(
-                f"{str(index)!r} names the file {name!r}, which is not in the folder; copy it again."
-            )
-    return files
-
-
-def _check_sums(folder: Path, files: list[Path]) -> None:
-    """Compare with the checksums that save_pretrained wrote; folders from elsewhere may have none."""
-    sums = folder / CHECKSUMS
-    if not sums.is_file():
-        return
-    lines = re.findall(r"^([0-9a-f]{64}) [ *](\S+)$", sums.read_text("utf-8", "replace"), re.MULTILINE)
-    wanted = {name: digest for digest, name in lines}
-    for path in files:
-        if wanted.get(path.name) != _sha256(path):
-            raise CheckpointError(
-                f"{str(path)!r} is not the file that was saved: its SHA-256 differs from {CHECKSUMS}. Copy "
-                f"it again, or delete {CHECKSUMS} if you changed the weights on purpose."
-            )
 
 
 def _check_loaded(model, info: dict, name: str | Path) -> None:
@@ -386,15 +305,6 @@ def _is_finite(value: torch.Tensor) -> bool:
 def _key_name(key: Any) -> str:
     """transformers gives the misshapen keys as (name, shape in the file, shape in the model)."""
     return f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" if isinstance(key, tuple) else str(key)
-
-
-def _sha256(*paths: Path) -> str:
-    """One hash over the bytes of these files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
 
 
 @contextmanager

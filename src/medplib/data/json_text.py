@@ -141,9 +141,7 @@ class _Text:
         if self._ended:
             return False
         rest = self._window[self._at :]
-        data = self._file.read(
-            max(CHUNK, len(rest))
-        )  # doubling: a value longer than this is not parsed often
+        data = self._file.read(max(CHUNK, len(rest)))  # doubling: a long value is not parsed often
         self._ended = not data
         try:
             self._window, self._at = rest + self._decode.decode(data, self._ended), 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from medplib.errors import InputError, UnknownNameError
+from medplib.io.images import load_image
 from medplib.io.masks import foreground
 
 MODALITIES = (
@@ -74,9 +74,10 @@ class ImageSample:
         return tuple(structure.name for structure in self.structures)
 
     def load_image(self) -> np.ndarray:
-        """uint8 (H, W, 3); grey images come back with three equal channels."""
+        """uint8 (H, W, 3), a file as `medplib.io.load_image` reads it; grey images come back with three equal
+        channels. Raises InputError."""
         if isinstance(self.image, Path):
-            return _open(self.image, lambda image: np.array(image.convert("RGB")))
+            return load_image(self.image)
         return self.image if isinstance(self.image, np.ndarray) else self.image.load()
 
     def load_mask(self, which: int | str) -> np.ndarray:
@@ -86,7 +87,7 @@ class ImageSample:
         """
         mask = self._structure(which).mask
         if isinstance(mask, Path):
-            return _open(mask, foreground)
+            return _read_mask(mask)
         return mask if isinstance(mask, np.ndarray) else mask.load()
 
     def load_masks(self) -> np.ndarray:
@@ -125,8 +126,8 @@ def keyed_rng(*keys: int | str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def _open(path: Path, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+def _read_mask(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"There is no image file {path}.")
     with Image.open(path) as image:
-        return read(image)
+        return foreground(image)

@@ -298,8 +298,8 @@ Provenance says who drew the reference mask: *expert*, *atlas*, *derived* (a det
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command line."""
-    from medplib.loading import weights_sha256
     from medplib.modeling import MedPLIB
+    from medplib.weight_files import weights_sha256
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="medplib-tiny")

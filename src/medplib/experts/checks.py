@@ -98,16 +98,13 @@ def build_gate(name: str, dim: int, num_experts: int, settings: Mapping[str, Any
     by default is then left out."""
     kind = GATES.get(name)
     known = inspect.signature(kind).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        settings = {
-            k: v for k, v in settings.items() if k in known or k not in _DEFAULTS or v != _DEFAULTS[k]
-        }
-    unknown = [key for key in settings if key not in known]
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        raise InputError(
-            f"The gate {name!r} has no setting {', '.join(unknown)}. Known: {', '.join(list(known)[2:])}."
-        )
-    return kind(dim, num_experts, **settings)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return kind(dim, num_experts, **settings)
+    unknown = [k for k, v in settings.items() if k not in known and (k not in _DEFAULTS or v != _DEFAULTS[k])]
+    if unknown:
+        names = ", ".join(list(known)[2:]) or "none"
+        raise InputError(f"The gate {name!r} has no setting {', '.join(unknown)}. Known: {names}.")
+    return kind(dim, num_experts, **{k: v for k, v in settings.items() if k in known})
 
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int, gate: nn.Module) -> None:

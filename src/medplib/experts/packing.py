@@ -145,7 +145,7 @@ def _table(expert: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in expert.named_parameters()
-        if ".lora_" not in name
+        if not any(part.startswith("lora_") for part in name.split(".")[:-1])
     }
 
 

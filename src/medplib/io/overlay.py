@@ -6,7 +6,7 @@ Letters: H, W = height and width of the picture. The picture keeps its pixels at
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,11 @@ def draw_overlay(
     """
     if not is_number(fill) or not 0 <= fill <= 1:
         raise InputError(f"fill must be a number from 0 to 1, got {fill!r}.")
-    if not colors or not all(_is_colour(colour) for colour in colors):
-        raise InputError(f"colors must be (red, green, blue) each, 0 to 255, got {colors!r}.")
+    palette = _palette(colors)
     height, width = image.shape[:2]
     canvas = image.astype(np.float32)
     thickness = max(1, round(min(height, width) / 256))
-    colours = [tuple(colors[i % len(colors)]) for i in range(len(masks))]
+    colours = [palette[i % len(palette)] for i in range(len(masks))]
     for i in sorted(
         range(len(masks)), key=lambda i: -np.count_nonzero(masks[i])
     ):  # the smallest wins a pixel
@@ -71,12 +70,15 @@ def draw_overlay(
     return with_legend(picture, labels, colours)
 
 
-def _is_colour(value: Any) -> bool:
-    return (
-        isinstance(value, tuple | list)
-        and len(value) == 3
-        and all(isinstance(part, Integral) and 0 <= part <= 255 for part in value)
-    )
+def _palette(colors: Any) -> list[tuple[int, ...]]:
+    """The colours as plain numbers. Raises InputError."""
+    try:
+        found = [tuple(index(part) for part in colour) for colour in colors]
+    except TypeError:  # a name, a fraction, one colour that stands in no list
+        found = []
+    if not found or not all(len(colour) == 3 and 0 <= min(colour) <= max(colour) <= 255 for colour in found):
+        raise InputError(f"colors must be (red, green, blue) each, 0 to 255, got {colors!r}.")
+    return found
 
 
 def contour(mask: np.ndarray, thickness: int = 1) -> np.ndarray:

@@ -74,13 +74,13 @@ class Volume:
         if isinstance(chosen, str) or not isinstance(chosen, Iterable | None):
             raise InputError(f"slices are numbers, such as [40] or range(10, 41), got {chosen!r}.")
         count = self.values.shape[AXES[axis]]
-        found = list(range(count)) if chosen is None else sorted(set(chosen))
+        found = list(range(count) if chosen is None else chosen)
         wrong = [index for index in found if not (isinstance(index, Integral) and 0 <= index < count)]
         if wrong or not found:
             raise InputError(
                 f"Slices are numbered from 0 to {count - 1} ({axis}); got {wrong[0] if wrong else 'none'}."
             )
-        return found
+        return sorted(set(found))
 
     def picture(self, axis: str, index: int) -> np.ndarray:
         """A slice as a picture, uint8 (h, w, 3). Raises InputError for a slice that is not there."""
@@ -221,10 +221,10 @@ def upright(values: np.ndarray, axis: int, index: int) -> np.ndarray:
 
 def _is_window(window: Any) -> bool:
     try:
-        low, high = map(float, window)
+        low, high = (float(value) for value in window if not isinstance(value, str))
     except (TypeError, ValueError):
         return False
-    return low < high
+    return -math.inf < low < high < math.inf
 
 
 def _read_at(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:

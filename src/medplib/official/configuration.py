@@ -125,8 +125,7 @@ def convert(
     for key in ("mm_token_compress", "icl_mask_encoder"):
         if content.get(key):
             raise InputError(f"{key} is true: the parts of the in-context extension are not supported.")
-    if content.get("mm_vision_select_feature", "patch") != "patch":
-        kind = content["mm_vision_select_feature"]
+    if (kind := content.get("mm_vision_select_feature")) not in (None, "patch"):
         raise InputError(f"mm_vision_select_feature must be 'patch', got {kind!r:.80}.")
     return {
         "text_config": text,
@@ -214,7 +213,7 @@ def _mixture(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
             "moe.num_experts must be one number for every mixed layer, all equal, got "
             f"{moe.get('num_experts')!r:.80}."
         )
-    top_k = moe.get("top_k_experts") or 1
+    top_k = changes.get("top_k", moe.get("top_k_experts") or 1)
     mixture = {
         "experts": expert_names(counts[0]),
         "layers": layers,

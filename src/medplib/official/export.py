@@ -21,12 +21,8 @@ from medplib.official.names import official_name
 if TYPE_CHECKING:
     from medplib.modeling import MedPLIB
 
-_GATE_ARGS = {
-    "use_rts",
-    "seed",
-    "noise",
-    "noise_scale",
-}  # those that leave the choice and its weights as they are
+# Settings of a gate that leave its choice and its weights as they are.
+_GATE_ARGS = {"use_rts", "seed", "noise", "noise_scale"}
 INDEX = "model.safetensors.index.json"
 _TEXT_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -77,7 +77,8 @@ def merge_adapters(
     """The state with every `lora_A`, `lora_B` pair merged into its `base_layer` (or plain) weight.
 
     scaling: alpha / r of the adapters; rank: that r, where it is known. Raises CheckpointError for half a
-    pair, for shapes that do not fit, and for adapters whose scaling is not known.
+    pair, for shapes that do not fit, for a bias of an adapter's own, and for adapters whose scaling is not
+    known.
     """
     plain: dict[str, Any] = {}
     pairs: dict[str, dict[str, Any]] = {}
@@ -87,6 +88,11 @@ def merge_adapters(
             plain[name] = value
         elif found["part"] == "base_layer":
             plain[f"{found['layer']}.{found['kind']}"] = value
+        elif found["kind"] == "bias":
+            raise CheckpointError(
+                f"{name!r} is a bias of the adapter's own, which is not supported: merge the adapter with "
+                "peft (merge_and_unload) and load the result."
+            )
         else:
             pairs.setdefault(f"{found['layer']}.weight", {})[found["part"]] = value
     for name, pair in pairs.items():

@@ -124,25 +124,15 @@ class PromptEncoder(nn.Module):
 
     @staticmethod
     def _batch_size(points, boxes, masks, text, batch_size) -> int:
-        sizes = {
-            name: prompt.shape[0]
-            for name, prompt in (
-                ("points", points[0] if points is not None else None),
-                ("boxes", boxes),
-                ("masks", masks),
-                ("text", text),
-            )
-            if prompt is not None and _is_tensor(name, prompt)
-        }
+        prompts = {"points": points and points[0], "boxes": boxes, "masks": masks, "text": text}
+        given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
+        for name, prompt in given.items():
+            if not isinstance(prompt, torch.Tensor):
+                kind = type(prompt).__name__
+                raise InputError(f"{name} must be a tensor, got a {kind}; use torch.tensor(...).")
+        sizes = {name: prompt.shape[0] for name, prompt in given.items()}
         if batch_size is not None:
             sizes["batch_size"] = batch_size
         if len(set(sizes.values())) > 1:
             raise InputError(f"Prompts must agree on the batch size, got {sizes}")
         return next(iter(sizes.values()), 1)
-
-
-def _is_tensor(name: str, prompt: object) -> bool:
-    """True. Raises InputError for anything else."""
-    if not isinstance(prompt, torch.Tensor):
-        raise InputError(f"{name} must be a tensor, got a {type(prompt).__name__}; use torch.tensor(...).")
-    return True

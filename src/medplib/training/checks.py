@@ -53,16 +53,11 @@ def check_run(
     _check_report_to(recipe.report_to)
     _check_load(recipe.load)
     _check_moe(recipe)
-    if recipe.sample_steps and validation is None:
-        if not recipe.validation:
-            raise InputError(
-                "sample_steps asks for pictures of answers, but validation names no source; name one as in "
-                "data, or set sample_steps=0."
-            )
-        open_sources(recipe.validation, table="validation")
     out = Path(recipe.out).expanduser()
     finished = {name: manifest_of(out / name / "model") for name in recipe.stages}  # it hashes the weights
     intact = [name for name, manifest in finished.items() if manifest is not None]
+    if len(intact) < len(finished) and recipe.sample_steps and validation is None:
+        _check_validation(recipe)
     coming: list[str] = []
     opened = dict(sources or {})
     for name, manifest in finished.items():
@@ -107,6 +102,16 @@ def _check_moe(recipe: Recipe) -> None:
     elsewhere = [str(i) for i in range(MAX_EXPERTS)]  # of a stage that is not run now, as many as may be
     for experts in list(filter(None, made)) or [elsewhere]:
         MedPLIBConfig.from_dict({"moe": {**settings, "experts": experts}})
+
+
+def _check_validation(recipe: Recipe) -> None:
+    """Raise InputError for sample pictures without records to ask about."""
+    if not recipe.validation:
+        raise InputError(
+            "sample_steps asks for pictures of answers, but validation names no source; name one as in "
+            "data, or set sample_steps=0."
+        )
+    open_sources(recipe.validation, table="validation")
 
 
 def _check_start(recipe: Recipe, name: str, there: Container[str]) -> None:

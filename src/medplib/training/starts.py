@@ -16,10 +16,11 @@ from medplib.errors import InputError
 from medplib.experts.context import named_routers
 from medplib.experts.upcycle import assemble_mixture
 from medplib.language import decoder_layers
-from medplib.loading import HUB_ARGUMENTS, local_folder, read_config, weights_sha256
+from medplib.loading import HUB_ARGUMENTS, local_folder, read_config
 from medplib.modeling import MedPLIB
 from medplib.training.recipe import Recipe
 from medplib.training.snapshots import MANIFEST, read_manifest
+from medplib.weight_files import weights_sha256
 
 _WITHOUT_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja")
 MASK_SIDE = ("seg_projector", "mask_decoder", "prompt_encoder")

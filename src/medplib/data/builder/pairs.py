@@ -78,5 +78,5 @@ def target(thing: Thing) -> Target:
 
 def slug(name: str) -> str:
     """A name as part of a file name: letters, digits and single underscores."""
-    words = "".join(c if c.isascii() and c.isalnum() else " " for c in name.lower()).split()
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
     return "_".join(words) or "structure"

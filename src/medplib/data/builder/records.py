@@ -66,11 +66,16 @@ class RecordSamples(Sequence[ImageSample]):
             for name, mask in zip(label_names(record)[0], record.masks, strict=True)
             if name
         }
-        case = first.case or Path(str(image)).stem
         return ImageSample(
-            _source(image), first.modality, first.source, case, first.split or "", "real",
-            tuple(structures.values()),
+            _source(image), first.modality, first.source, first.case or _name(image), first.split or "",
+            "real", tuple(structures.values()),
         )  # fmt: skip
+
+
+def _name(image: Any) -> str:
+    """Of the picture's file; of a picture in memory, what its bytes give."""
+    file = getattr(image, "file", None)
+    return Path(str(file)).stem if isinstance(file, File) else f"{identity(image):016x}"
 
 
 def _source(pixels: Any) -> Any:

@@ -164,10 +164,15 @@ def _shapes(row: Mapping[str, Any]) -> list[Box | Point]:
 
 
 def check_columns(columns: Mapping[str, str] | None, there: tuple[str, ...], where: str) -> dict[str, str]:
-    """{name: column} for a table with these columns. Raises InputError for names that are not there."""
+    """{name: column} for a table with these columns. Raises InputError for names that are not there.
+
+    Without `columns` those of these names; in capitals, too, where the others make no question.
+    """
     if columns is None:
-        named = {column.lower(): column for column in reversed(there)}
-        chosen = {name: name if name in there else named[name] for name in COLUMNS if name in named}
+        chosen = {name: name for name in COLUMNS if name in there}
+        if not ({"question", "answer"} <= chosen.keys() or {"conversations", "mask"} & chosen.keys()):
+            named = {column.lower(): column for column in reversed(there)}
+            chosen = {name: named[name] for name in COLUMNS if name in named} | chosen
     else:
         chosen = dict(columns)
         for name, column in chosen.items():

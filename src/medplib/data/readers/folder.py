@@ -13,7 +13,7 @@ from medplib.data.files import File, ImageFile, MaskFile
 from medplib.data.json_text import scan_json
 from medplib.data.names import check_modality, slice_name, spoken
 from medplib.data.questions import absent_answer, present_answer
-from medplib.data.readers.columns import ColumnsRow, check_columns
+from medplib.data.readers.columns import COLUMNS, ColumnsRow, check_columns
 from medplib.data.readers.common import (
     DICOM_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -134,7 +134,7 @@ def _walk(
     named = [(folder, f"{folder.name}/", spoken(folder.name)) for folder in folders]
     if label is not None:
         named.append((masks, "", label))
-    elif not folders and masks.is_dir() and any(masks.iterdir()):
+    elif not folders and masks.is_dir() and any(_pictures(masks, IMAGE_SUFFIXES, ReadReport())):
         raise InputError(f"{str(masks)!r} has no folder per class; say what its masks show by label=NAME.")
     for folder, below, shown in named:
         for name in _pictures(folder, IMAGE_SUFFIXES, report):
@@ -176,7 +176,7 @@ def _read_table(
     store = Store(str(path.parent.resolve())) if images is None else open_store(images)
     parse, header = None, _json_columns(path)
     if header is None:
-        parse = csv_header(path, ParseCsv(delimiter=_delimiter(path)))
+        parse = csv_header(path, ParseCsv(delimiter=_delimiter(path, columns)))
         header = parse.columns
     chosen = check_columns(columns, header, repr(str(path)))
     only = SPLITS.get(split, split) if split is not None else None
@@ -212,10 +212,19 @@ def _json_columns(path: Path) -> tuple[str, ...] | None:
     return names
 
 
-def _delimiter(path: Path) -> str:
-    """What stands between the columns in the first line: a comma, or else a tab or a semicolon."""
+def _delimiter(path: Path, columns: Mapping[str, str] | None) -> str:
+    """What stands between the columns: the comma, tab or semicolon at which the first line falls into most of
+    the names that are looked for; of equals the first that is there."""
     first = next((line for _, line in text_lines(path) if line.strip()), "")
-    return next((sign for sign in ",\t;" if sign in first), ",")
+    wanted = {name.lower() for name in (columns.values() if columns else COLUMNS)}
+
+    def rank(sign: str) -> tuple[int, bool]:
+        names = {
+            name.strip().lower() for name in next(ParseCsv(delimiter=sign).reader(first.splitlines()), [])
+        }
+        return len(names & wanted), sign in first
+
+    return max(",\t;", key=rank)
 
 
 def _find(file: File | None, listing: Listing) -> None:
