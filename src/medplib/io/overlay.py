@@ -49,7 +49,7 @@ def draw_overlay(
     """
     if not is_number(fill) or not 0 <= fill <= 1:
         raise InputError(f"fill must be a number from 0 to 1, got {fill!r}.")
-    if not colors or not all(_is_colour(colour) for colour in colors):
+    if not isinstance(colors, list | tuple) or not colors or not all(map(_is_colour, colors)):
         raise InputError(f"colors must be (red, green, blue) each, 0 to 255, got {colors!r}.")
     height, width = image.shape[:2]
     canvas = image.astype(np.float32)
