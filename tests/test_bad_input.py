@@ -197,3 +197,16 @@ def test_a_seed_is_any_whole_number_of_64_bits(tiny_model, pictures, tmp_path):
     assert type(answer.seed) is int
     with pytest.raises(InputError, match=f"seed must be a whole number of 64 bits or None, got {2**64}"):
         tiny_model.ask(pictures[0], "What?", seed=2**64, do_sample=True)
+
+
+def test_an_answer_keeps_the_mask_it_was_asked_about(tiny_model, pictures, tmp_path):
+    region = np.zeros(pictures[0].shape[:2], bool)
+    region[5:20, 5:20] = True
+    file = tmp_path / "region.png"
+    Image.fromarray(region).save(file)
+    answer = tiny_model.ask(pictures[0], "What?", [Mask(file), Mask(region)], max_new_tokens=2)
+    file.unlink()
+    region[:] = True
+    answer.save(tmp_path / "answer")
+    assert [prompt.mask.sum() for prompt in answer.prompts] == [225, 225]
+    assert len(tiny_model.ask(answer, "And now?", max_new_tokens=2).prompts) == 2

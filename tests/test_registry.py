@@ -226,3 +226,9 @@ def test_the_same_class_defined_again_takes_its_place_but_lambdas_do_not():
 def test_a_lazy_target_must_be_text():
     with pytest.raises(InputError, match="needs a target 'module:attribute', got None"):
         Registry("part").add_lazy("one", None)
+
+
+def test_a_plugin_that_exits_is_left_out(plugin_folder):
+    write_plugin(plugin_folder, "plugin_exits", "plugin_exits", "raise SystemExit(3)\n")
+    with pytest.warns(RuntimeWarning, match=r"plugin_exits .* left out: SystemExit: 3"):
+        assert "swiglu" in EXPERTS.names()

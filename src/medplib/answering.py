@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -265,9 +266,10 @@ class AnsweringMixin:
             label = "".join(labels[i : i + 1]) or _target_of(question) or f"finding {i + 1}"
             findings.append(Finding(label, (logits > cut).cpu().numpy(), mask_score(logits, cut), at))
         images = [batch.images[i] for i in pictures]
-        history, on = _turns_to_go_on_from(sample, written), sample.prompt_images or ()
-        prompts = tuple(sample.prompts or ())
-        return Answer(text, findings, images, question, prompts, self.identity(), seed, history, tuple(on))
+        on = tuple(sample.prompt_images or [0] * len(sample.prompts or ()))
+        prompts = tuple(_kept(p, images[i]) for p, i in zip(sample.prompts or (), on, strict=True))
+        history = _turns_to_go_on_from(sample, written)
+        return Answer(text, findings, images, question, prompts, self.identity(), seed, history, on)
 
 
 def _check_options(options: Iterable[str]) -> None:
@@ -299,6 +301,11 @@ def answer_each(
         if len(samples) == 1:
             return [error]
     return [answer_each(model, [sample], errors, **options)[0] for sample in samples]
+
+
+def _kept(prompt: Point | Box | Mask, image: np.ndarray) -> Point | Box | Mask:
+    """A prompt that stays what it is when the file or array of its mask is changed or deleted."""
+    return Mask(prompt.to_mask(image.shape[:2])) if isinstance(prompt, Mask) else prompt
 
 
 def _turns_to_go_on_from(sample: Sample, written: str) -> tuple[tuple[str, str], ...]:

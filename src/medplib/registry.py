@@ -156,7 +156,7 @@ def load_plugins() -> None:
                 if isinstance(loaded, types.ModuleType | type):
                     continue  # the import has run the decorators
                 loaded()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 _plugins_failed[f"{entry.name} = {entry.value}"] = f"{type(error).__name__}: {error}"
                 warnings.warn(
                     f"The medplib plugin {entry.name} = {entry.value} could not be loaded and is left out: "
