@@ -209,5 +209,10 @@ def test_an_input_of_another_shape_is_named(wrong):
         decoder_of()(**given | {wrong: given[wrong][..., :3]})
 
 
+def test_an_input_that_is_no_tensor_is_named():
+    with pytest.raises(InputError, match="image_embeddings must be a tensor, got a NoneType"):
+        decoder_of()(None, torch.zeros(1, 16, 4, 6), torch.zeros(2, 1, 16), torch.zeros(1, 16, 4, 6))
+
+
 def decoder_of(**settings):
     return MaskDecoder(16, TwoWayTransformer(16, depth=1, num_heads=2, mlp_dim=8), **settings)

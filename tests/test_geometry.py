@@ -198,3 +198,12 @@ def test_letterbox_and_prompts_work_without_torch():
 def test_sizes_of_another_kind_are_named(original_size, size, message):
     with pytest.raises(InputError, match=message):
         Letterbox(original_size, size)
+
+
+def test_points_and_boxes_that_are_no_numbers_are_named():
+    box = Letterbox((30, 20), 16)
+    for use in (lambda: box.points([1, 2, 3]), lambda: box.points("a"), lambda: box.inverse_points(None)):
+        with pytest.raises(InputError, match=r"points must be numbers \(\.\.\., 2\), got"):
+            use()
+    with pytest.raises(InputError, match=r"boxes must be numbers \(\.\.\., 4\), got \[1, 2, 3\]"):
+        box.boxes([1, 2, 3])

@@ -405,3 +405,23 @@ def test_prompts_of_the_wrong_kind_are_named(prompts, message):
 def test_sizes_that_no_prompt_encoder_has_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         PromptEncoder(*settings)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: Point(1, 1).to_mask(None), r"size must be \(height, width\), got None"),
+        (lambda: Box(0, 0, 1, 1).to_mask(5), r"size must be \(height, width\), got 5"),
+        (lambda: Mask(np.ones((3, 3))).to_mask((3,)), r"size must be \(height, width\), got \(3,\)"),
+        (
+            lambda: Point(1, 1).to_mask((5, 5), "a"),
+            "point_size must be a whole number of at least 1, got 'a'",
+        ),
+        (lambda: Point(1, 1, np.array([1, 1])).check((5, 5)), "label must be 1 .* got array"),
+        (lambda: Box.around(None), "A mask must be an array"),
+        (lambda: Box.around(np.ones(3)), "A mask must be an array"),
+    ],
+)
+def test_a_size_or_a_mask_of_another_kind_is_named(use, message):
+    with pytest.raises(InputError, match=message):
+        use()

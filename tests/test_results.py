@@ -352,3 +352,9 @@ def test_results_need_no_torch():
 def test_parts_of_an_answer_of_another_kind_are_named(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("folder", [None, 5])
+def test_a_folder_must_be_a_path(folder):
+    with pytest.raises(InputError, match=f"Give the path of a folder to save in, got {folder}"):
+        Answer("a", [], []).save(folder)

@@ -96,15 +96,15 @@ class Letterbox:
 
     def points(self, xy) -> np.ndarray:
         """(..., 2) in the original image -> (..., 2) in the square."""
-        return np.asarray(xy, dtype=np.float64) * self._scale_xy() + self._offset_xy()
+        return _numbers("points", xy, 2) * self._scale_xy() + self._offset_xy()
 
     def inverse_points(self, xy) -> np.ndarray:
         """(..., 2) in the square -> (..., 2) in the original image. Points in the padding land outside it."""
-        return (np.asarray(xy, dtype=np.float64) - self._offset_xy()) / self._scale_xy()
+        return (_numbers("points", xy, 2) - self._offset_xy()) / self._scale_xy()
 
     def boxes(self, boxes) -> np.ndarray:
         """(..., 4) as x0, y0, x1, y1 in the original image -> (..., 4) in the square."""
-        boxes = np.asarray(boxes, dtype=np.float64)
+        boxes = _numbers("boxes", boxes, 4)
         return self.points(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
 
     def unletterbox(self, logits: torch.Tensor, geometry: Geometry = "correct") -> torch.Tensor:
@@ -141,6 +141,17 @@ class Letterbox:
     def _offset_xy(self) -> np.ndarray:
         top, left = self.offset
         return np.array([left, top], dtype=np.float64)
+
+
+def _numbers(name: str, values: object, count: int) -> np.ndarray:
+    """float64 (..., count), or InputError."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.shape[-1:] != (count,):
+        raise InputError(f"{name} must be numbers (..., {count}), got {values!r:.80}")
+    return array
 
 
 def _is_side(value: object) -> bool:

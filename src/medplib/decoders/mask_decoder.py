@@ -151,6 +151,9 @@ class MaskDecoder(nn.Module):
         multimask: bool,
         skips: Sequence[Tensor],
     ) -> None:
+        for name, value in (("image_embeddings", image), ("sparse", sparse), ("dense", dense)):
+            if not isinstance(value, Tensor):
+                raise InputError(f"{name} must be a tensor, got a {type(value).__name__}.")
         if sparse.ndim != 3 or sparse.shape[-1] != self.dim:
             raise InputError(f"sparse must be (B, N, {self.dim}), got {tuple(sparse.shape)}.")
         grid = (self.dim, *image.shape[-2:])
