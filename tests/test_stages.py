@@ -391,7 +391,6 @@ def test_a_step_or_a_model_of_another_kind_is_named(net):
     ("changes", "message"),
     [
         ({"betas": None}, "betas must be two numbers"),
-        ({"loss_weights": {5: 1.0}}, "loss_weights must be a dict from loss names"),
         ({"lora": {5: LoRA(rank=1, alpha=1, targets=("q",))}}, "lora must be a dict from part names"),
     ],
 )

@@ -100,11 +100,7 @@ class Stage:
         if not self.train and not self.lora:
             raise InputError(f"Stage '{self.name}' trains nothing; name parts in train= or lora=.")
         weights = self.loss_weights
-        if (
-            not isinstance(weights, Mapping)
-            or not all(isinstance(name, str) for name in weights)
-            or not all(is_number(v) and v >= 0 for v in weights.values())
-        ):
+        if not isinstance(weights, Mapping) or not all(is_number(v) and v >= 0 for v in weights.values()):
             raise self._wrong("loss_weights", "a dict from loss names to finite numbers of at least 0")
         object.__setattr__(self, "loss_weights", {name: float(value) for name, value in weights.items()})
         for key in ("learning_rate", "epochs", "clip"):
