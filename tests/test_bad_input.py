@@ -159,8 +159,54 @@ def test_good_input_still_works(tiny_model, folder):
     assert words.findings == []
 
 
-def test_the_answer_keeps_the_prompts_that_lie_on_its_first_image(tiny_model, pictures):
+def test_the_answer_keeps_its_prompts_with_their_images_and_can_be_gone_on_from(tiny_model, pictures):
     sample = Sample(pictures[:2], [("A?", None)], [Point(1, 1), Point(3, 60)], prompt_images=[0, 1])
     (answer,) = tiny_model.answer([sample], max_new_tokens=2)
-    assert answer.prompts == (Point(1, 1),)
-    assert answer.to_dict()["prompts"]
+    assert answer.prompts == (Point(1, 1), Point(3, 60))
+    assert answer.prompt_images == (0, 1)
+    assert answer.to_dict()["prompts"][1] == {"type": "point", "image": 1, "x": 3, "y": 60, "label": 1}
+    for image, point in enumerate(answer.prompts):
+        drawn = np.argwhere((np.asarray(answer.overlay(image)) != answer.images[image]).any(2))
+        assert (abs(drawn - (point.y, point.x)) <= 5).all()
+    further = tiny_model.ask(answer, "And <region>?", [Point(2, 2)], max_new_tokens=2)
+    assert further.prompts == (Point(1, 1), Point(3, 60), Point(2, 2))
+    assert further.prompt_images == (0, 1, 0)
+
+
+@pytest.mark.parametrize("prompts", [5, "box", {"a": 1}])
+def test_prompts_that_are_no_list_are_named(tiny_model, pictures, prompts):
+    with pytest.raises(InputError, match=f"prompts must be a list, got {type(prompts).__name__}"):
+        tiny_model.ask(pictures[0], "What?", prompts)
+
+
+@pytest.mark.parametrize("history", [5, "abc", [5], ["ab"], [("a", "b", "c")]])
+def test_a_history_that_is_no_list_of_pairs_is_named(tiny_model, pictures, history):
+    with pytest.raises(InputError, match=r"history must be a list|turns are pairs"):
+        tiny_model.ask(pictures[0], "What?", history=history)
+
+
+def test_no_prompts_and_no_history_may_be_none(tiny_model, pictures):
+    answer = tiny_model.ask(pictures[0], "What?", None, history=None, max_new_tokens=2)
+    assert answer.prompts == ()
+    assert len(answer.history) == 1
+
+
+def test_a_seed_is_any_whole_number_of_64_bits(tiny_model, pictures, tmp_path):
+    answer = tiny_model.ask(pictures[0], "What?", seed=np.int64(3), do_sample=True, max_new_tokens=2)
+    answer.save(tmp_path / "answer")
+    assert type(answer.seed) is int
+    with pytest.raises(InputError, match=f"seed must be a whole number of 64 bits or None, got {2**64}"):
+        tiny_model.ask(pictures[0], "What?", seed=2**64, do_sample=True)
+
+
+def test_an_answer_keeps_the_mask_it_was_asked_about(tiny_model, pictures, tmp_path):
+    region = np.zeros(pictures[0].shape[:2], bool)
+    region[5:20, 5:20] = True
+    file = tmp_path / "region.png"
+    Image.fromarray(region).save(file)
+    answer = tiny_model.ask(pictures[0], "What?", [Mask(file), Mask(region)], max_new_tokens=2)
+    file.unlink()
+    region[:] = True
+    answer.save(tmp_path / "answer")
+    assert [prompt.mask.sum() for prompt in answer.prompts] == [225, 225]
+    assert len(tiny_model.ask(answer, "And now?", max_new_tokens=2).prompts) == 2

@@ -178,3 +178,41 @@ def test_the_score_is_the_mean_probability_inside_the_mask():
     logits = torch.tensor([[2.0, -1.0], [0.5, -3.0]])
     assert mask_score(logits) == pytest.approx(torch.tensor([2.0, 0.5]).sigmoid().mean().item())
     assert mask_score(logits, threshold=5.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TwoWayTransformer("a"), "dim must be a whole number of at least 1, got 'a'"),
+        (lambda: TwoWayTransformer(16, depth=-1), "depth must be a whole number of at least 1, got -1"),
+        (lambda: TwoWayTransformer(16, mlp_dim=0), "mlp_dim must be a whole number of at least 1, got 0"),
+        (lambda: decoder_of(num_multimask_outputs=1.5), "num_multimask_outputs must be .* got 1.5"),
+        (lambda: decoder_of(iou_head_depth=0), "iou_head_depth must be .* got 0"),
+        (lambda: decoder_of(skip_channels=3), "skip_channels must be a list of whole numbers, got 3"),
+        (lambda: decoder_of(num_upscales="a"), "num_upscales must be .* got 'a'"),
+    ],
+)
+def test_sizes_that_no_decoder_has_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("wrong", ["image_embeddings", "image_position", "dense", "sparse"])
+def test_an_input_of_another_shape_is_named(wrong):
+    shapes = {
+        "image_embeddings": (1, 16, 4, 6), "image_position": (1, 16, 4, 6), "sparse": (2, 1, 16),
+        "dense": (1, 16, 4, 6),
+    }  # fmt: skip
+    given = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    assert decoder_of()(**given)[0].shape == (2, 1, 16, 24)
+    with pytest.raises(InputError, match=f"{wrong} must be|image_position must be"):
+        decoder_of()(**given | {wrong: given[wrong][..., :3]})
+
+
+def test_an_input_that_is_no_tensor_is_named():
+    with pytest.raises(InputError, match="image_embeddings must be a tensor, got a NoneType"):
+        decoder_of()(None, torch.zeros(1, 16, 4, 6), torch.zeros(2, 1, 16), torch.zeros(1, 16, 4, 6))
+
+
+def decoder_of(**settings):
+    return MaskDecoder(16, TwoWayTransformer(16, depth=1, num_heads=2, mlp_dim=8), **settings)

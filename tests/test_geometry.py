@@ -1,5 +1,6 @@
 """Letterbox and image preparation: where a pixel of the image lands in the square, and how it comes back."""
 
+import math
 import subprocess
 import sys
 
@@ -180,3 +181,29 @@ def test_prepared_images_equal_the_slow_way(original):
 def test_letterbox_and_prompts_work_without_torch():
     code = "import sys, medplib.geometry, medplib.prompts.types; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("original_size", "size", "message"),
+    [
+        (3, 4, "original_size must be .* got 3"),
+        (None, 4, "original_size must be .* got None"),
+        ("ab", 4, "original_size must be .* got 'ab'"),
+        ((math.nan, 4), 4, "original_size must be .* got"),
+        ((None, 4), 4, "original_size must be .* got"),
+        ((3, 4), None, "size must be a whole number of pixels >= 1, got None"),
+        ((3, 4), math.inf, "size must be a whole number of pixels >= 1, got inf"),
+    ],
+)
+def test_sizes_of_another_kind_are_named(original_size, size, message):
+    with pytest.raises(InputError, match=message):
+        Letterbox(original_size, size)
+
+
+def test_points_and_boxes_that_are_no_numbers_are_named():
+    box = Letterbox((30, 20), 16)
+    for use in (lambda: box.points([1, 2, 3]), lambda: box.points("a"), lambda: box.inverse_points(None)):
+        with pytest.raises(InputError, match=r"points must be numbers \(\.\.\., 2\), got"):
+            use()
+    with pytest.raises(InputError, match=r"boxes must be numbers \(\.\.\., 4\), got \[1, 2, 3\]"):
+        box.boxes([1, 2, 3])

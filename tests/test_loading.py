@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from medplib import Box, CheckpointError, MedPLIB, MedPLIBConfig, MedPLIBProcessor, UnknownNameError, loading
 from medplib.errors import InputError, MedPLIBError
 from medplib.processing import Sample
+from medplib.stages import LoRA, Stage, merge_lora, set_stage
 
 CLIP = {
     "name": "clip",
@@ -480,3 +481,16 @@ def test_an_adapter_that_names_another_model_is_refused(tiny_folder, tmp_path):
     (folder / "adapter_config.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="adapter_config"):
         MedPLIB.from_pretrained(folder)
+
+
+def test_a_model_with_lora_is_saved_after_it_is_merged(new_model, tmp_path):
+    pytest.importorskip("peft")
+    model = new_model()
+    adapter = LoRA(rank=2, alpha=4, targets=("q_proj", "up_proj"))
+    set_stage(model, Stage("lora", lora={"language_model": adapter}))
+    with pytest.raises(InputError, match=r"carries LoRA layers.*merge_lora\(model\) first"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    merge_lora(model)
+    model.save_pretrained(tmp_path / "saved")
+    assert MedPLIB.from_pretrained(tmp_path / "saved").state_dict().keys() == model.state_dict().keys()

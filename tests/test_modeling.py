@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from medplib import Box, Mask, Point, record_routing
+from medplib import Box, Letterbox, Mask, Point, record_routing
 from medplib.answering import _target_of
 from medplib.errors import InputError
 from medplib.preprocess import prepare_clip, prepare_sam
@@ -567,7 +567,7 @@ def test_an_option_that_nobody_knows_is_refused_with_the_one_that_was_meant(tiny
         tiny_model.ask(pictures[0], "What?", max_tokens=3)
     with pytest.raises(InputError, match=r"no option 'boxes'\. Known: prompts"):
         tiny_model.ask(pictures[0], "What?", boxes=[(1, 2, 3, 4)])
-    with pytest.raises(InputError, match="seed must be a whole number or None, got 'a'"):
+    with pytest.raises(InputError, match="seed must be a whole number of 64 bits or None, got 'a'"):
         tiny_model.ask(pictures[0], "What?", seed="a")
     tiny_model.ask(pictures[0], "What?", max_new_tokens=1, min_new_tokens=1, output_scores=True)
     tiny_model.ask(
@@ -615,3 +615,51 @@ def test_regions_without_an_image_are_refused(tiny_model):
 def test_sizes_that_do_not_fit_are_refused_when_the_model_is_built(new_model, change, message):
     with pytest.raises(InputError, match=message):
         new_model(**change)
+
+
+def test_beams_and_samples_see_the_images_and_regions_of_their_own_row(tiny_model, pictures):
+    a, b, c = pictures
+    asked = [
+        Sample(
+            [a, b], [("<region> or <region>?", None)], [Box(1, 1, 9, 9), Point(5, 5)], prompt_images=[1, 0]
+        ),
+        Sample([], [("Hello?", None)]),
+        Sample([c], [("What is in this <region> here?", None)], [Box(5, 5, 40, 40)]),
+    ]
+    options = {"max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+
+    def write(samples, **more):
+        tensors = tiny_model.processor(samples).tensors
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            written = tiny_model.generate(**tensors, **options, **more)
+        return written[:, tensors["input_ids"].shape[1] :].tolist()
+
+    beams = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    assert write(asked, **beams) == [ids for sample in asked for ids in write([sample], **beams)]
+    greedy = {"num_return_sequences": 2, "do_sample": True, "top_k": 1}  # the best word is all that is drawn
+    assert write(asked, **greedy) == [ids for sample in asked for ids in write([sample], **greedy)]
+
+
+def test_the_score_is_of_the_pixels_drawn_and_not_of_the_padding(tiny_model, monkeypatch):
+    tall = np.zeros((80, 16, 3), np.uint8)
+    logits = torch.full((1, 16, 16), -5.0)
+    logits[:, :, :4], logits[:, 3, 7:9] = 5.0, 1.0  # the padding left of the image, and a spot in it
+    monkeypatch.setattr(tiny_model, "_draw_generated", lambda batch, generated: [(0, 0, logits[0])])
+    (finding,) = tiny_model.ask(tall, "Segment it.", max_new_tokens=1).findings
+    box = Letterbox((80, 16), 64)
+    seen = box.unletterbox(logits[0])
+    assert np.array_equal(finding.mask, (seen > 0).numpy())
+    assert 0 < finding.area < 80 * 16
+    assert finding.score == pytest.approx(seen[seen > 0].sigmoid().mean().item())
+    assert finding.score < 0.8
+
+
+@pytest.mark.parametrize("name", ["image_index", "seg_images"])
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_an_image_that_is_not_there_is_named(tiny_model, samples, name, wrong):
+    tensors = dict(train_batch(tiny_model, samples))
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] = wrong
+    with pytest.raises(InputError, match=f"{name} must be 0 to 1, the images given; got .*{wrong}"):
+        tiny_model(**tensors)

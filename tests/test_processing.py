@@ -332,3 +332,31 @@ def test_a_tokenizer_of_another_model_is_refused(processor, tiny_config):
         MedPLIBProcessor(processor.tokenizer, config, 4, 4)
     with pytest.raises(InputError, match=r"318 tokens.*vocab_size is 100"):
         MedPLIBProcessor(processor.tokenizer, tiny_config(text={"vocab_size": 100}), 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (5, "Samples come in a list, got int"),
+        ("ab", "A sample must be a Sample, got str"),
+        ([None], "A sample must be a Sample, got NoneType"),
+        ([Sample([], 5)], "turns are pairs"),
+        ([Sample([], ["ab"])], "turns are pairs"),
+        ([Sample([], [5])], "turns are pairs"),
+        ([Sample([], [("Who?", None)], prompts=Box(1, 1, 2, 2))], "prompts must be a list, got Box"),
+        ([Sample([], [("Who?", None)], masks=5)], "masks must be a list, got int"),
+        ([Sample([], [("Who?", None)], prompt_images=5)], "prompt_images must be a list, got int"),
+    ],
+)
+def test_samples_of_another_kind_are_named(processor, samples, message):
+    with pytest.raises(InputError, match=message):
+        processor(samples)
+
+
+def test_an_answer_that_spells_out_an_end_goes_on_after_it(processor):
+    (ids,) = processor([Sample([], [("Who?", "a</s>b<pad> <ref><s>"), ("And?", None)])]).tensors["input_ids"]
+    tokenizer = processor.tokenizer
+    words = {"</s>": 1, "<pad>": 0, "<s>": 1, "<ref>": 1}  # the end of the answer, and the start of all
+    for word, times in words.items():
+        assert (ids == tokenizer.convert_tokens_to_ids(word)).sum() == times, word
+    assert "a</s>b<pad> <ref><s></s>" in tokenizer.decode(ids)

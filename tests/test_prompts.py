@@ -362,3 +362,66 @@ def test_prompt_encoders_run_in_half_precision():
     points = (torch.rand(1, 3, 2) * 40, torch.tensor([[1, 0, -1]]))
     sparse, dense = encoder(points, torch.rand(1, 4), torch.randn(1, 1, 12, 20), torch.randn(1, 1, DIM))
     assert sparse.dtype == dense.dtype == encoder.dense_position().dtype == torch.bfloat16
+
+
+def test_no_samples_give_no_tokens():
+    encoder = PromptEncoder(8, (4, 4), (16, 16), mask_channels=8)
+    for boxes, tokens in ((torch.zeros(0, 4), 2), (torch.zeros(0, 3, 4), 6)):
+        sparse, dense = encoder(boxes=boxes)
+        assert sparse.shape == (0, tokens, 8)
+        assert dense.shape == (0, 8, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"points": (torch.zeros(1, 1, 2), torch.tensor([[0.5]]))}, r"point labels must be .* got \[0.5\]"),
+        ({"points": (torch.zeros(1, 1, 2), torch.tensor([[math.nan]]))}, r"point labels .* got \[nan\]"),
+        ({"points": (torch.zeros(1, 1, 2), [[1]])}, "labels must be a tensor, got a list"),
+        ({"boxes": torch.zeros(1, 4), "boxes_valid": [True]}, "valid must be a tensor, got a list"),
+        ({"text": torch.zeros(1, 1, 8), "text_valid": [[True]]}, "text_valid must be a tensor, got a list"),
+        ({"masks": torch.zeros(1, 1, 16, 16), "masks_valid": [1]}, "valid must be a tensor, got a list"),
+        ({"boxes": torch.tensor(3.0)}, "boxes must be"),
+        ({"batch_size": "a"}, "batch_size must be a whole number of at least 0, got 'a'"),
+        ({"batch_size": -1}, "batch_size must be a whole number of at least 0, got -1"),
+    ],
+)
+def test_prompts_of_the_wrong_kind_are_named(prompts, message):
+    encoder = PromptEncoder(8, (4, 4), (16, 16), mask_channels=8)
+    with pytest.raises(InputError, match=message):
+        encoder(**prompts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("a", (4, 4), (16, 16)), "dim must be a whole number of at least 1, got 'a'"),
+        ((8, 4, (16, 16)), r"grid_size must be \(height, width\), got 4"),
+        ((8, (4, 4), 16), r"image_size must be \(height, width\), got 16"),
+        ((8, (0, 4), (16, 16)), r"grid_size\[0\] must be a whole number of at least 1, got 0"),
+        ((8, (4, 4), (16, 16), "x"), "mask_channels must be a whole number"),
+    ],
+)
+def test_sizes_that_no_prompt_encoder_has_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        PromptEncoder(*settings)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: Point(1, 1).to_mask(None), r"size must be \(height, width\), got None"),
+        (lambda: Box(0, 0, 1, 1).to_mask(5), r"size must be \(height, width\), got 5"),
+        (lambda: Mask(np.ones((3, 3))).to_mask((3,)), r"size must be \(height, width\), got \(3,\)"),
+        (
+            lambda: Point(1, 1).to_mask((5, 5), "a"),
+            "point_size must be a whole number of at least 1, got 'a'",
+        ),
+        (lambda: Point(1, 1, np.array([1, 1])).check((5, 5)), "label must be 1 .* got array"),
+        (lambda: Box.around(None), "A mask must be an array"),
+        (lambda: Box.around(np.ones(3)), "A mask must be an array"),
+    ],
+)
+def test_a_size_or_a_mask_of_another_kind_is_named(use, message):
+    with pytest.raises(InputError, match=message):
+        use()

@@ -210,3 +210,25 @@ def test_plugin_cannot_take_a_built_in_name(plugin_folder):
     with pytest.warns(RuntimeWarning, match="'swiglu' is taken"):
         load_plugins()
     assert EXPERTS.get("swiglu").__name__ == "SwiGLU"
+
+
+def test_the_same_class_defined_again_takes_its_place_but_lambdas_do_not():
+    parts = Registry("part")
+    cell = {"__name__": "notebook", "register": parts.register}
+    for width in (1, 2):  # a cell that is run twice
+        exec(f"@register('mine')\nclass Mine:\n    width = {width}", cell)
+    assert parts.get("mine").width == 2
+    parts.register("quick")(lambda: 1)
+    with pytest.raises(InputError, match="'quick' is taken"):
+        parts.register("quick")(lambda: 2)
+
+
+def test_a_lazy_target_must_be_text():
+    with pytest.raises(InputError, match="needs a target 'module:attribute', got None"):
+        Registry("part").add_lazy("one", None)
+
+
+def test_a_plugin_that_exits_is_left_out(plugin_folder):
+    write_plugin(plugin_folder, "plugin_exits", "plugin_exits", "raise SystemExit(3)\n")
+    with pytest.warns(RuntimeWarning, match=r"plugin_exits .* left out: SystemExit: 3"):
+        assert "swiglu" in EXPERTS.names()

@@ -337,3 +337,29 @@ def test_file_labels_hold_no_surprises():
 def test_results_need_no_torch():
     code = "import sys, medplib.results; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Finding(5, blob(), 0.5), "label must be a text, got 5"),
+        (lambda: Finding("a", blob(), "high"), "score must be a number, got 'high'"),
+        (lambda: Finding("a", blob(), 0.5, None), "image must be a number, got None"),
+        (lambda: Answer(None, [], []), "text must be a text, got None"),
+        (lambda: Answer("a", None, []), "findings come in a list, got NoneType"),
+        (lambda: Answer("a", [], 5), "images come in a list, got int"),
+        (lambda: Answer("a", [], [np.zeros((0, 4, 3), np.uint8)]), r"images must be uint8 \(H, W, 3\)"),
+        (lambda: Answer("a", [], [], prompts=[Point(1, 1)], prompt_images=[0, 1]), "prompt_images must name"),
+        (lambda: Answer("a", [], []).overlay("first"), "There is no image 'first'"),
+        (lambda: Answer("a", [], [np.zeros((9, 9, 3), np.uint8)]).overlay(colors=5), "colors must be"),
+    ],
+)
+def test_parts_of_an_answer_of_another_kind_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("folder", [None, 5])
+def test_a_folder_must_be_a_path(folder):
+    with pytest.raises(InputError, match=f"Give the path of a folder to save in, got {folder}"):
+        Answer("a", [], []).save(folder)

@@ -371,3 +371,31 @@ def test_schedule_needs_lengths_and_a_step_inside_it():
         StageSchedule(["vqa", "grounding"], steps=[3])
     with pytest.raises(InputError, match="step must be between 0 and 2, got 3"):
         StageSchedule(["vqa"], steps=[3]).at(3)
+
+
+def test_a_step_or_a_model_of_another_kind_is_named(net):
+    schedule = StageSchedule([Stage("one", train=("0",))], steps=[3])
+    for step in (None, "a", 1.5, True):
+        with pytest.raises(InputError, match=f"step must be between 0 and 2, got {step!r}"):
+            schedule.at(step)
+    for stages, steps in ((None, None), ("align", None), (["align"], 5)):
+        with pytest.raises(InputError, match="must be a list"):
+            StageSchedule(stages, steps)
+    with pytest.raises(InputError, match=r"The model must be an nn\.Module, got None"):
+        set_stage(None, "align")
+    with pytest.raises(UnknownNameError, match=r"No stage named \[\]"):
+        set_stage(net, [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"betas": None}, "betas must be two numbers"),
+        ({"lora": {5: LoRA(rank=1, alpha=1, targets=("q",))}}, "lora must be a dict from part names"),
+    ],
+)
+def test_settings_of_another_kind_are_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        Stage("one", train=("0",), **changes)
+    with pytest.raises(InputError, match="LoRA targets must be a tuple of layer names, got None"):
+        LoRA(rank=1, alpha=1, targets=None)

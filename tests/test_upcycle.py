@@ -197,3 +197,33 @@ def test_adapters_must_be_merged_before_assembly():
 def test_dense_model_is_not_a_mixture():
     with pytest.raises(InputError, match="use `upcycle` first"):
         assemble_mixture(Dense(0), {"vqa": Dense(1)})
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "message"),
+    [
+        ("0", ["a", "a"], "Every expert needs a name of its own, got a, a"),
+        ("0", None, "experts must be modules by name, a list of names"),
+        ("0", ["a.b"], "'a.b' cannot be an expert's name"),
+        (None, ["a", "b"], "layers must be a dotted path or a list of them, got None"),
+        ([], ["a", "b"], r"layers must be a dotted path or a list of them, got \[\]"),
+        ([None], ["a", "b"], "layers must be a dotted path"),
+    ],
+)
+def test_layers_and_experts_that_cannot_be_are_named(layers, experts, message):
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)))
+    with pytest.raises(InputError, match=message):
+        upcycle(model, layers, experts)
+    assert isinstance(model[0], nn.Sequential)
+
+
+def test_what_is_no_model_is_named():
+    for call in (lambda: upcycle("a", "0"), lambda: assemble_mixture(None, {})):
+        with pytest.raises(InputError, match=r"The model must be an nn\.Module, got"):
+            call()
+    mixture = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    upcycle(mixture, "0", ["a", "b"])
+    with pytest.raises(InputError, match="sources must be a dict by name, got 5"):
+        assemble_mixture(mixture, 5)
+    with pytest.raises(InputError, match="The source 'b' must be a model or its state dict, got 5"):
+        assemble_mixture(mixture, {"a": mixture, "b": 5}, rest="a")

@@ -305,3 +305,23 @@ def test_the_default_towers_are_the_published_ones():
         clip, sam = VISION_TOWERS.build("clip"), VISION_TOWERS.build("sam_vit")
     assert (clip.channels, clip.image_size // clip.stride) == (1024, 24)
     assert (sam.channels, sam.image_size // sam.stride) == (256, 16)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"image_size": 0}, {"image_size": 64.0}, {"dim": 0}, {"out_channels": 0}, {"global_blocks": 1}),
+        *({"global_blocks": ("a",)}, {"window_size": -1}),
+    ],
+)
+def test_sizes_that_no_sam_encoder_has_are_named(changes):
+    settings = {
+        "image_size": 32,
+        "dim": 8,
+        "depth": 1,
+        "num_heads": 2,
+        "global_blocks": (),
+        "out_channels": 8,
+    }
+    with pytest.raises(InputError, match=next(iter(changes))):
+        SamImageEncoder(**settings | changes)

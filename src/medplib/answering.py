@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 
 from medplib.conversation import REGION
-from medplib.decoders.postprocess import mask_score, masks_from_logits
+from medplib.decoders.postprocess import mask_score
 from medplib.errors import InputError
 from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
-from medplib.processing import Batch, Sample
+from medplib.processing import Batch, Sample, as_list
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 _PROMPT_TENSORS = (
     *("input_ids", "attention_mask", "pixel_values", "image_index", "region_masks", "region_images"),
 )
+# Inputs of the model that are not one per row: pictures, and what lists those of one row after another, with
+# the control token that each entry belongs to.
+_PICTURES = ("pixel_values", "mask_pixel_values", "features", "mask_features", "masks")
+_LISTS = {"image_index": "image", "region_masks": "region", "region_images": "region", "seg_images": "seg"}
 # Set here already, other ways of decoding, and two that count the ids of the prompt, where placeholders are
 # no tokens of the vocabulary.
 _OTHER_DECODING = {
@@ -122,8 +127,9 @@ class AnsweringMixin:
         processor, chosen = self._need_processor(), quirks(compat)
         if self.training:
             raise InputError("The model is in training mode; call model.eval() before asking.")
-        if seed is not None and not isinstance(seed, Integral):
-            raise InputError(f"seed must be a whole number or None, got {seed!r}.")
+        if seed is not None and not (isinstance(seed, Integral) and -(2**63) <= seed < 2**64):
+            raise InputError(f"seed must be a whole number of 64 bits or None, got {seed!r}.")
+        seed = None if seed is None else int(seed)
         batch = processor(samples)
         if any(sample.turns[-1][1] is not None for sample in samples):
             raise InputError(
@@ -158,13 +164,15 @@ class AnsweringMixin:
             answer = model.ask("scan.png", "What is in <region>?", prompts=[Box(40, 60, 120, 150)])
             model.ask(answer, "Is it on the left?").text
         """
-        prompts = [prompts] if isinstance(prompts, Point | Box | Mask) else list(prompts or ())
+        prompts = [prompts] if isinstance(prompts, Point | Box | Mask) else as_list("prompts", prompts)
+        history, on = as_list("history", history), [0] * len(prompts)
         if isinstance(images, Answer):
             if history:
                 raise InputError("An Answer brings its own turns; give either it or history.")
-            images, history, prompts = images.images, images.history, [*images.prompts, *prompts]
+            prompts, on = [*images.prompts, *prompts], [*images.prompt_images, *on]
+            images, history = images.images, images.history
         images = list(images) if isinstance(images, list | tuple) else [images]
-        sample = Sample(images, [*history, (question, None)], prompts)
+        sample = Sample(images, [*history, (question, None)], prompts, on if images else None)
         return self.answer([sample], max_new_tokens=max_new_tokens, seed=seed, **kwargs)[0]
 
     def segment(self, images: Any, target: str | Sequence[str], **kwargs) -> Answer:
@@ -182,6 +190,38 @@ class AnsweringMixin:
         from medplib.volumetric import segment_volume
 
         return segment_volume(self, volume, target, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat each row for its beams or samples (called by `generate`).
+
+        What lists the images and regions of one row after another is repeated row by row; the pictures that
+        it points at stay.
+        """
+        held = {name: kwargs.pop(name) for name in (*_PICTURES, *_LISTS) if kwargs.get(name) is not None}
+        if expand_size > 1 and held:
+            pictures = held.get("pixel_values", getattr(held.get("features"), "grid", ()))
+            held.setdefault("image_index", torch.arange(len(pictures), device=input_ids.device))
+            if "region_masks" in held and len(pictures) > 1:
+                held.setdefault("region_images", torch.arange(len(pictures), device=input_ids.device))
+            for name in held.keys() & _LISTS.keys():
+                kind, width = _LISTS[name], self.num_image_tokens if _LISTS[name] == "image" else 1
+                first = 1 if kind == "seg" else 0  # nothing predicts the first token
+                at = input_ids[:, first:] == getattr(self.config.tokens, kind)
+                counts = (at.sum(1) // width).tolist()  # (B,)
+                if sum(counts) != len(held[name]):
+                    raise InputError(f"{name} has {len(held[name])} entries, the prompts need {sum(counts)}.")
+                blocks = held[name].split(counts)
+                held[name] = torch.cat([block for block in blocks for _ in range(expand_size)])
+        ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return ids, kwargs | held
 
     def _need_processor(self):
         if self.processor is None:
@@ -225,15 +265,14 @@ class AnsweringMixin:
         question, pictures = sample.turns[-1][0], batch.row_images[row]
         findings = []
         for i, (_, at, logits) in enumerate(d for d in drawn if d[0] == row):
-            box = batch.letterboxes[pictures[at]]
-            mask = masks_from_logits(logits[None], box, threshold=cut, geometry=geometry)[0]
+            logits = batch.letterboxes[pictures[at]].unletterbox(logits, geometry)  # (H, W)
             label = "".join(labels[i : i + 1]) or _target_of(question) or f"finding {i + 1}"
-            findings.append(Finding(label, mask.cpu().numpy(), mask_score(logits, cut), at))
+            findings.append(Finding(label, (logits > cut).cpu().numpy(), mask_score(logits, cut), at))
         images = [batch.images[i] for i in pictures]
-        shown = sample.prompt_images or [0] * len(sample.prompts)
-        prompts = tuple(p for p, image in zip(sample.prompts, shown, strict=True) if image == 0)
+        on = tuple(sample.prompt_images or [0] * len(sample.prompts or ()))
+        prompts = tuple(_kept(p, images[i]) for p, i in zip(sample.prompts or (), on, strict=True))
         history = _turns_to_go_on_from(sample, written)
-        return Answer(text, findings, images, question, prompts, self.identity(), seed, history)
+        return Answer(text, findings, images, question, prompts, self.identity(), seed, history, on)
 
 
 def _check_options(options: Iterable[str]) -> None:
@@ -265,6 +304,11 @@ def answer_each(
         if len(samples) == 1:
             return [error]
     return [answer_each(model, [sample], errors, **options)[0] for sample in samples]
+
+
+def _kept(prompt: Point | Box | Mask, image: np.ndarray) -> Point | Box | Mask:
+    """A prompt that stays what it is when the file or array of its mask is changed or deleted."""
+    return Mask(prompt.to_mask(image.shape[:2])) if isinstance(prompt, Mask) else prompt
 
 
 def _turns_to_go_on_from(sample: Sample, written: str) -> tuple[tuple[str, str], ...]:

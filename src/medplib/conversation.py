@@ -118,12 +118,19 @@ def encode_runs(tokenizer: Any, runs: Sequence[Run]) -> tuple[list[int], list[bo
         return tokenizer.encode_runs(runs)
     ids: list[int] = []
     learned: list[bool] = []
+    ends = [
+        token for token in tokenizer.all_special_tokens if token not in CONTROL_TOKENS
+    ]  # </s>, <pad>, ...
+    splitter = re.compile(f"({'|'.join(map(re.escape, ends))})") if ends else None
     for content, control, flag in runs:
-        if isinstance(content, str):
+        if not isinstance(content, str):
+            new = content
+        elif control and splitter and splitter.search(content):  # an answer's own "</s>" does not end it
+            parts = [Run(part, part not in ends) for part in splitter.split(content) if part]
+            new = encode_runs(tokenizer, parts)[0]
+        else:
             with _tokenizer_lock:
                 new = tokenizer.encode(content, add_special_tokens=False, split_special_tokens=not control)
-        else:
-            new = content
         ids += new
         learned += [flag] * len(new)
     return ids, learned
@@ -134,7 +141,8 @@ def check_turns(
 ) -> list[tuple[str, str | None]]:
     """The turns as a list. Raises InputError unless each has a question of at most `limit` characters and an
     answer, which may be None in the last."""
-    pairs = [tuple(turn) for turn in turns]
+    turns = turns if isinstance(turns, list | tuple) else ()
+    pairs = [tuple(turn) if isinstance(turn, list | tuple) else () for turn in turns]
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise InputError("A sample needs at least one question; turns are pairs (question, answer).")
     for i, (question, answer) in enumerate(pairs):

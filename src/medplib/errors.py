@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class MedPLIBError(Exception):
@@ -37,3 +38,18 @@ def is_number(value: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int that no float can hold
         return False
+
+
+def check_whole(least: int = 1, **values: object) -> None:
+    """Raise InputError for a value that is no whole number of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_size(**values: object) -> None:
+    """Raise InputError for a value that is no (height, width) in whole numbers of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise InputError(f"{name} must be (height, width), got {value!r}.")
+        check_whole(**{f"{name}[{i}]": side for i, side in enumerate(value)})

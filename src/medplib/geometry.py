@@ -7,6 +7,7 @@ Points and boxes are (x, y) in pixels of the original image, sizes are (height, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -37,13 +38,11 @@ class Letterbox:
     size: int
 
     def __post_init__(self):
-        sides = tuple(self.original_size)
-        if len(sides) != 2 or any(int(side) != side or side < 1 for side in sides):
-            raise InputError(
-                f"original_size must be (height, width) in whole pixels >= 1, got {self.original_size}"
-            )
-        if int(self.size) != self.size or self.size < 1:
-            raise InputError(f"size must be a whole number of pixels >= 1, got {self.size}")
+        sides = self.original_size
+        if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(map(_is_side, sides)):
+            raise InputError(f"original_size must be (height, width) in whole pixels >= 1, got {sides!r}")
+        if not _is_side(self.size):
+            raise InputError(f"size must be a whole number of pixels >= 1, got {self.size!r}")
         object.__setattr__(self, "original_size", (int(sides[0]), int(sides[1])))
         object.__setattr__(self, "size", int(self.size))
 
@@ -97,15 +96,15 @@ class Letterbox:
 
     def points(self, xy) -> np.ndarray:
         """(..., 2) in the original image -> (..., 2) in the square."""
-        return np.asarray(xy, dtype=np.float64) * self._scale_xy() + self._offset_xy()
+        return _numbers("points", xy, 2) * self._scale_xy() + self._offset_xy()
 
     def inverse_points(self, xy) -> np.ndarray:
         """(..., 2) in the square -> (..., 2) in the original image. Points in the padding land outside it."""
-        return (np.asarray(xy, dtype=np.float64) - self._offset_xy()) / self._scale_xy()
+        return (_numbers("points", xy, 2) - self._offset_xy()) / self._scale_xy()
 
     def boxes(self, boxes) -> np.ndarray:
         """(..., 4) as x0, y0, x1, y1 in the original image -> (..., 4) in the square."""
-        boxes = np.asarray(boxes, dtype=np.float64)
+        boxes = _numbers("boxes", boxes, 4)
         return self.points(boxes.reshape(*boxes.shape[:-1], 2, 2)).reshape(boxes.shape)
 
     def unletterbox(self, logits: torch.Tensor, geometry: Geometry = "correct") -> torch.Tensor:
@@ -116,6 +115,8 @@ class Letterbox:
         """
         if geometry not in GEOMETRIES:
             raise InputError(f"geometry must be one of {', '.join(GEOMETRIES)}, got {geometry!r}")
+        if getattr(logits, "ndim", 0) < 2:
+            raise InputError(f"logits must be a tensor (..., h, w), got {logits!r:.80}")
         if geometry == "official":
             return official_crop(logits, self.resized_size, self.original_size)
         square = _interpolate(logits, (self.size, self.size))  # (..., size, size)
@@ -140,6 +141,21 @@ class Letterbox:
     def _offset_xy(self) -> np.ndarray:
         top, left = self.offset
         return np.array([left, top], dtype=np.float64)
+
+
+def _numbers(name: str, values: object, count: int) -> np.ndarray:
+    """float64 (..., count), or InputError."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(0)
+    if array.shape[-1:] != (count,):
+        raise InputError(f"{name} must be numbers (..., {count}), got {values!r:.80}")
+    return array
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and value >= 1 and value % 1 == 0
 
 
 def official_crop(

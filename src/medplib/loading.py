@@ -21,6 +21,7 @@ from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, MedPLIBError, UnknownNameError
 from medplib.experts.context import named_routers
 from medplib.experts.packing import pack_mixtures
+from medplib.lora import lora_layers
 from medplib.placement import compute_device, keep_parts_whole
 from medplib.quantization import stored
 from medplib.weight_files import CHECKSUMS, check_files, sha256_of, weights_sha256
@@ -242,6 +243,11 @@ class LoadingMixin:
         if "state_dict" not in kwargs and any(r.exchange is not None for r in named_routers(self).values()):
             raise InputError(
                 "Other processes hold some of the experts; give state_dict=gathered_state_dict(model)."
+            )
+        if "state_dict" not in kwargs and lora_layers(self):
+            raise InputError(
+                "The model carries LoRA layers, which from_pretrained does not read; call "
+                "medplib.stages.merge_lora(model) first."
             )
         folder = Path(save_directory)
         if folder.is_file():

@@ -32,7 +32,9 @@ class LoRA:
             raise InputError(f"LoRA rank must be a whole number of at least 1, got {self.rank!r}.")
         if not is_number(self.alpha) or self.alpha <= 0:
             raise InputError(f"LoRA alpha must be a finite number above 0, got {self.alpha!r}.")
-        if isinstance(self.targets, str) or not all(isinstance(t, str) and t for t in self.targets):
+        if not isinstance(self.targets, list | tuple) or not all(
+            isinstance(t, str) and t for t in self.targets
+        ):
             raise InputError(f"LoRA targets must be a tuple of layer names, got {self.targets!r}.")
         object.__setattr__(self, "targets", tuple(self.targets))
         if not self.targets:

@@ -196,6 +196,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         region placeholders; region_images: (R,) their images. Raises InputError where the counts do not
         match.
         """
+        if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+            raise InputError("input_ids must be a tensor (B, L) of token ids, as MedPLIBProcessor makes it.")
         tokens = self.config.tokens
         is_image, is_region = input_ids == tokens.image, input_ids == tokens.region
         words = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_region, 0))  # (B, L, D)
@@ -212,6 +214,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             return words
         images = self.projector(features.grid)  # (N, tokens, D)
         if image_index is not None:
+            _check_images("image_index", image_index, len(images))
             images = images[image_index.to(images.device)]  # (I, tokens, D)
         words = _scatter(words, is_image, rearrange(images, "i t d -> (i t) d"), "image")
         if num_regions:
@@ -303,8 +306,8 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         rows = at.nonzero()[:, 0]  # (S,)
         if not len(rows):
             return
+        count = len(pixels) if pixels is not None else len(features.grid)
         if seg_images is None:
-            count = len(pixels) if pixels is not None else len(features.grid)
             if count != len(input_ids):
                 raise InputError(
                     f"{count} mask images for {len(input_ids)} rows: say with seg_images which image each "
@@ -315,6 +318,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             raise InputError(
                 f"seg_images names {len(seg_images)} images, but the tokens hold {len(rows)} <SEG>."
             )
+        _check_images("seg_images", seg_images, count)
         if features is None:
             used, seg_images = torch.unique(seg_images, return_inverse=True)
             features = self.mask_encoder(pixels[used])
@@ -372,6 +376,15 @@ def _scatter(words: Tensor, where: Tensor, values: Tensor, what: str) -> Tensor:
             "let MedPLIBProcessor write the prompt."
         )
     return words.masked_scatter(where.unsqueeze(-1), values.to(words))
+
+
+def _check_images(name: str, index: Tensor, count: int) -> None:
+    """Raise InputError where `index` names an image that is not among `count`."""
+    if torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= count:
+        raise InputError(f"{name} must be 0 to {count - 1}, the images given; got {index.tolist()}.")
 
 
 def _keep_buffers(model: nn.Module) -> None:

@@ -35,6 +35,8 @@ def module_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     `model.parts`, if the model has such a mapping (name -> module or modules), else its direct children. In
     both cases the MoERouters inside add "gates" and one "experts.<name>" per expert name, over all layers.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model must be an nn.Module, got {model!r:.80}.")
     declared = getattr(model, "parts", None)
     if isinstance(declared, Mapping):
         parts = {name: _as_modules(name, value) for name, value in declared.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,13 @@ class MedPLIBProcessor:
         """
         if isinstance(samples, Sample):
             raise InputError("Samples come in a list; write [sample] for a single one.")
+        if samples is not None and not isinstance(samples, Sequence):
+            raise InputError(f"Samples come in a list, got {type(samples).__name__}.")
         if not samples:
             raise InputError("Give at least one sample.")
         for sample in samples:
+            if not isinstance(sample, Sample):
+                raise InputError(f"A sample must be a Sample, got {type(sample).__name__}.")
             if isinstance(sample.images, str) or not isinstance(sample.images, Sequence):
                 given = "a text" if isinstance(sample.images, str) else type(sample.images).__name__
                 raise InputError(f"A sample's images come in a list, got {given}; write [image] for one.")
@@ -244,28 +248,26 @@ class MedPLIBProcessor:
     def _complete(self, sample: Sample, check_length: bool) -> Sample:
         """Check a sample and write its missing <region> places. Raises InputError."""
         turns = check_turns(sample.turns, MAX_QUESTION if check_length else None)
+        prompts, masks = as_list("prompts", sample.prompts), as_list("masks", sample.masks)
         written = sum(question.count(REGION) for question, _ in turns)
-        if sample.prompts and written > len(sample.prompts):
+        if prompts and written > len(prompts):
             raise InputError(
-                f"The question has {written} <region> but {len(sample.prompts)} prompts were given; give a "
+                f"The question has {written} <region> but {len(prompts)} prompts were given; give a "
                 "Point, Box or Mask for each."
             )
-        if not sample.prompts and written:
+        if not prompts and written:
             warnings.warn(
                 "The question says <region> but no prompt was given: it is read as text.", stacklevel=4
             )
-        if len(sample.prompts) > written:
+        if len(prompts) > written:
             question, answer = turns[-1]
-            turns[-1] = (question.rstrip() + f" {REGION}" * (len(sample.prompts) - written), answer)
-        if sample.prompts and not sample.images:
-            raise InputError(f"{len(sample.prompts)} region prompts were given, but no image to look at.")
-        _check_numbers("prompt_images", sample.prompt_images, len(sample.prompts), len(sample.images))
+            turns[-1] = (question.rstrip() + f" {REGION}" * (len(prompts) - written), answer)
+        if prompts and not sample.images:
+            raise InputError(f"{len(prompts)} region prompts were given, but no image to look at.")
+        _check_numbers("prompt_images", sample.prompt_images, len(prompts), len(sample.images))
         segs = sum((answer or "").count(SEG) for _, answer in turns)
         _check_numbers("seg_images", sample.seg_images, segs, len(sample.images))
-        masks = [] if sample.masks is None else list(sample.masks)
-        return Sample(
-            list(sample.images), turns, list(sample.prompts), sample.prompt_images, masks, sample.seg_images
-        )
+        return Sample(list(sample.images), turns, prompts, sample.prompt_images, masks, sample.seg_images)
 
     @staticmethod
     def _unique_images(samples: Sequence[Sample]) -> tuple[list[np.ndarray], list[list[int]]]:
@@ -384,10 +386,22 @@ def _load_tokenizer(folder: Path | str, config: MedPLIBConfig):
         raise CheckpointError(f"The tokenizer of {str(folder)!r} cannot be read: {reason}") from error
 
 
+def as_list(name: str, given: Any) -> list:
+    """`given` as a new list, empty for None. Raises InputError for what is no list of things."""
+    if given is None:
+        return []
+    if isinstance(given, str | bytes | dict) or not isinstance(given, Iterable):
+        raise InputError(
+            f"{name} must be a list, got {type(given).__name__}; write [...] around a single one."
+        )
+    return list(given)
+
+
 def _check_numbers(name: str, given: Sequence[int] | None, count: int, images: int) -> None:
     """`given` names an image for each of `count` things, out of `images`. Raises InputError."""
     if given is None:
         return
+    given = as_list(name, given)
     if len(given) != count:
         raise InputError(f"{name} has {len(given)} entries for {count}; give one for each, or None.")
     for i in given:

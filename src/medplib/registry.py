@@ -45,7 +45,8 @@ class Registry:
     def register(self, name: str) -> Callable[[Part], Part]:
         """Decorator that adds a class or function under `name` and returns it unchanged.
 
-        Raises InputError if the name is taken by another object.
+        The same class or function defined again, as when a notebook's cell is run twice, takes the place of
+        its former self. Raises InputError if the name is taken by another object.
         """
         self._check_name(name)
 
@@ -66,7 +67,7 @@ class Registry:
     def add_lazy(self, name: str, target: str) -> None:
         """Add `name` for the object at `target`, written "module:attribute", without importing it."""
         self._check_name(name)
-        module, _, attribute = target.partition(":")
+        module, _, attribute = target.partition(":") if isinstance(target, str) else ("", "", "")
         if not module or not attribute:
             raise InputError(f"The {self.kind} '{name}' needs a target 'module:attribute', got {target!r}.")
         known = self._entries.get(name)
@@ -155,7 +156,7 @@ def load_plugins() -> None:
                 if isinstance(loaded, types.ModuleType | type):
                     continue  # the import has run the decorators
                 loaded()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 _plugins_failed[f"{entry.name} = {entry.value}"] = f"{type(error).__name__}: {error}"
                 warnings.warn(
                     f"The medplib plugin {entry.name} = {entry.value} could not be loaded and is left out: "
@@ -173,8 +174,12 @@ def _describe(entry: Any) -> str:
 
 
 def _same(known: Any, part: Any) -> bool:
-    """Whether `part` is the object `known`, or the object that the text `known` points at."""
-    return known is part or (isinstance(known, str) and known == _describe(part))
+    """Whether `part` is the object `known`, what the text `known` points at, or `known` defined again.
+
+    What has no name of its own within its module (a lambda, a function's local) is never defined again.
+    """
+    name = _describe(part)
+    return known is part or (_describe(known) == name and (isinstance(known, str) or "<" not in name))
 
 
 EXPERTS = Registry("expert")

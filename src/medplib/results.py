@@ -20,6 +20,7 @@ import unicodedata
 import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,15 @@ class Finding:
                 f"The mask of {self.label!r} must be bool (height, width), "
                 f"got {self.mask.dtype} {self.mask.shape}; compare with a threshold first."
             )
-        self.score = float(self.score)
-        self.image = int(self.image)
+        if not isinstance(self.label, str):
+            raise InputError(f"A finding's label must be a text, got {self.label!r}.")
+        for name, kind in (("score", float), ("image", int)):
+            try:
+                setattr(self, name, kind(getattr(self, name)))
+            except (TypeError, ValueError, OverflowError):
+                raise InputError(
+                    f"A finding's {name} must be a number, got {getattr(self, name)!r}."
+                ) from None
 
     @property
     def area(self) -> int:
@@ -96,9 +104,10 @@ class Answer:
     """What the model said and showed.
 
     images: uint8 (H, W, 3) each, the originals; prompts: the Points, Boxes and Masks of the question and of
-    those before it, which lie on the first image; model: {"name": ..., "weights_sha256": ...}; seed: of the
-    random numbers, if any; history: (question, answer) turns up to this one, with the control tokens that the
-    model wrote, as the next question of the conversation needs them.
+    those before it; prompt_images: index of the image that each lies on, by default the first;
+    model: {"name": ..., "weights_sha256": ...}; seed: of the random numbers, if any; history: (question,
+    answer) turns up to this one, with the control tokens that the model wrote, as the next question of the
+    conversation needs them.
 
         answer = model.ask("chest_ct.png", "Segment the right lung.")
         answer.text, answer.findings[0].box, answer.masks     # masks: bool (S, H, W)
@@ -113,16 +122,33 @@ class Answer:
     model: dict = dataclasses.field(default_factory=dict)
     seed: int | None = None
     history: tuple[tuple[str, str], ...] = ()
+    prompt_images: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.findings, self.images = list(self.findings), list(self.images)
-        self.prompts = tuple(self.prompts)
+        if not isinstance(self.text, str):
+            raise InputError(f"An answer's text must be a text, got {self.text!r:.80}.")
+        for name in ("findings", "images"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise InputError(f"An answer's {name} come in a list, got {_form(values)}.")
+            setattr(self, name, list(values))
+        self.prompts = tuple(self.prompts or ())
+        self.prompt_images = tuple(self.prompt_images) or (0,) * len(self.prompts)
+        if len(self.prompt_images) != len(self.prompts):
+            raise InputError(f"prompt_images must name an image for each prompt, got {self.prompt_images!r}.")
         for image in self.images:
-            if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+            if not (
+                isinstance(image, np.ndarray)
+                and image.dtype == np.uint8
+                and image.shape[2:] == (3,)
+                and image.size
+            ):
                 raise InputError(
                     f"An answer's images must be uint8 (H, W, 3), got {_form(image)}; use load_image."
                 )
         for finding in self.findings:
+            if not isinstance(finding, Finding):
+                raise InputError(f"An answer's findings must be Findings, got {finding!r:.80}.")
             size = self._image(finding.image).shape[:2]
             if finding.mask.shape != size:
                 raise InputError(
@@ -155,7 +181,7 @@ class Answer:
         """
         picture = self._image(image)
         here = [finding for finding in self.findings if finding.image == image]
-        prompts = self.prompts if image == 0 else ()
+        prompts = [p for p, on in zip(self.prompts, self.prompt_images, strict=True) if on == image]
         labels = [f.label for f in here] if legend else []
         return draw_overlay(picture, [f.mask for f in here], labels, prompts, colors=colors, fill=fill)
 
@@ -165,7 +191,7 @@ class Answer:
             "text": self.text,
             "question": self.question,
             "findings": [finding.to_dict() for finding in self.findings],
-            "prompts": [self._describe_prompt(prompt) for prompt in self.prompts],
+            "prompts": list(map(self._describe_prompt, self.prompts, self.prompt_images)),
             "images": [{"size": [int(side) for side in image.shape[:2]]} for image in self.images],
             "model": {"name": None, "weights_sha256": None, **self.model},
             "versions": versions(),
@@ -223,19 +249,22 @@ class Answer:
         return of_picture(source, frame, [f.mask for f in here], [f.label for f in here], self.model)
 
     def _image(self, index: int) -> np.ndarray:
-        if not 0 <= index < len(self.images):
+        if not isinstance(index, Integral) or not 0 <= index < len(self.images):
             raise InputError(
-                f"There is no image {index}; this answer has {len(self.images)}, counted from 0."
+                f"There is no image {index!r}; this answer has {len(self.images)}, counted from 0."
             )
         return self.images[index]
 
-    def _describe_prompt(self, prompt: Any) -> dict[str, Any]:
-        """A prompt as plain values; whatever is not made of numbers is written as the mask it stands for."""
-        kind = type(prompt).__name__.lower()
+    def _describe_prompt(self, prompt: Any, image: int) -> dict[str, Any]:
+        """A prompt as plain values, with its image unless that is the first; whatever is not made of numbers
+        is written as the mask it stands for."""
+        kind: dict[str, Any] = {"type": type(prompt).__name__.lower()}
+        if image:
+            kind["image"] = int(image)
         values = {f.name: getattr(prompt, f.name) for f in dataclasses.fields(prompt)}
         if all(isinstance(value, (int, float, np.number)) for value in values.values()):
-            return {"type": kind, **{k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}}
-        return {"type": kind, "rle": rle.encode(prompt.to_mask(self._image(0).shape[:2]))}
+            return kind | {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}
+        return kind | {"rle": rle.encode(prompt.to_mask(self._image(image).shape[:2]))}
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "..."

@@ -13,6 +13,7 @@ import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from torch import nn
 
@@ -91,7 +92,9 @@ class Stage:
         for key in ("train", "freeze", "data"):
             object.__setattr__(self, key, self._names(key))
         if self.lora is not None:
-            if not isinstance(self.lora, Mapping) or not all(isinstance(v, LoRA) for v in self.lora.values()):
+            if not isinstance(self.lora, Mapping) or not all(
+                isinstance(part, str) and isinstance(lora, LoRA) for part, lora in self.lora.items()
+            ):
                 raise self._wrong("lora", "a dict from part names to LoRA settings")
             object.__setattr__(self, "lora", dict(self.lora) or None)
         if not self.train and not self.lora:
@@ -112,7 +115,7 @@ class Stage:
                 isinstance(value, bool) or not isinstance(value, int) or value < least
             ):
                 raise self._wrong(key, f"a whole number of at least {least}")
-        betas = tuple(self.betas)
+        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
         if len(betas) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
             raise self._wrong("betas", "two numbers from 0 up to 1")
         object.__setattr__(self, "betas", betas)
@@ -250,6 +253,10 @@ class StageSchedule:
     """
 
     def __init__(self, stages: Sequence[Stage | str], steps: Sequence[int] | None = None) -> None:
+        if isinstance(stages, str | Stage) or not isinstance(stages, Iterable):
+            raise InputError(f"stages must be a list of stages, got {stages!r:.80}.")
+        if steps is not None and not isinstance(steps, Iterable):
+            raise InputError(f"steps must be a list with the length of each stage, got {steps!r}.")
         self.stages = tuple(_by_name(stage) for stage in stages)
         lengths = [stage.steps for stage in self.stages] if steps is None else list(steps)
         if not self.stages or len(lengths) != len(self.stages):
@@ -282,15 +289,15 @@ class StageSchedule:
         return table
 
     def _index(self, step: int) -> int:
-        if not 0 <= step < self.total_steps:
-            raise InputError(f"step must be between 0 and {self.total_steps - 1}, got {step}.")
+        if isinstance(step, bool) or not isinstance(step, Integral) or not 0 <= step < self.total_steps:
+            raise InputError(f"step must be between 0 and {self.total_steps - 1}, got {step!r}.")
         return bisect.bisect_right(list(itertools.accumulate(self.steps)), step)
 
 
 def _by_name(stage: Stage | str) -> Stage:
     if isinstance(stage, Stage):
         return stage
-    if stage not in STAGES:
+    if not isinstance(stage, str) or stage not in STAGES:
         raise UnknownNameError.among(f"No stage named {stage!r}.", str(stage), list(STAGES))
     return STAGES[stage]
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.weights import check_fit
 
 
@@ -58,12 +58,14 @@ class MaskDecoder(nn.Module):
         num_upscales: int = 2,
     ) -> None:
         super().__init__()
-        if num_upscales < 1 or dim % 8:
-            raise InputError(
-                f"dim must be a multiple of 8 and num_upscales at least 1, got {dim} and {num_upscales}."
-            )
-        if num_multimask_outputs < 0:
-            raise InputError(f"num_multimask_outputs must be 0 or more, got {num_multimask_outputs}.")
+        check_whole(dim=dim, num_upscales=num_upscales, iou_head_depth=iou_head_depth)
+        check_whole(iou_head_hidden_dim=iou_head_hidden_dim)
+        check_whole(0, num_multimask_outputs=num_multimask_outputs)
+        if dim % 8:
+            raise InputError(f"dim must be a multiple of 8, got {dim}.")
+        if not isinstance(skip_channels, list | tuple):
+            raise InputError(f"skip_channels must be a list of whole numbers, got {skip_channels!r}.")
+        check_whole(**{f"skip_channels[{i}]": channels for i, channels in enumerate(skip_channels)})
         if getattr(transformer, "dim", dim) != dim:
             raise InputError(
                 f"The transformer is {transformer.dim} wide, the mask decoder {dim}; make them equal."
@@ -113,7 +115,7 @@ class MaskDecoder(nn.Module):
         num_multimask_outputs with `multimask`.
         Raises InputError for a wrong number of skips or sizes that do not fit.
         """
-        self._check(image_embeddings, sparse, dense, multimask, skips)
+        self._check(image_embeddings, image_position, sparse, dense, multimask, skips)
         batch = sparse.shape[0]
         chosen = slice(1, None) if multimask else slice(0, 1)
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])  # (1+M, D)
@@ -141,8 +143,25 @@ class MaskDecoder(nn.Module):
         return x
 
     def _check(
-        self, image: Tensor, sparse: Tensor, dense: Tensor, multimask: bool, skips: Sequence[Tensor]
+        self,
+        image: Tensor,
+        position: Tensor,
+        sparse: Tensor,
+        dense: Tensor,
+        multimask: bool,
+        skips: Sequence[Tensor],
     ) -> None:
+        for name, value in (("image_embeddings", image), ("sparse", sparse), ("dense", dense)):
+            if not isinstance(value, Tensor):
+                raise InputError(f"{name} must be a tensor, got a {type(value).__name__}.")
+        if sparse.ndim != 3 or sparse.shape[-1] != self.dim:
+            raise InputError(f"sparse must be (B, N, {self.dim}), got {tuple(sparse.shape)}.")
+        grid = (self.dim, *image.shape[-2:])
+        for name, value in (("image_embeddings", image), ("image_position", position), ("dense", dense)):
+            if value.ndim != 4 or tuple(value.shape[1:]) != grid:
+                raise InputError(
+                    f"{name} must be (B or 1, {', '.join(map(str, grid))}), got {tuple(value.shape)}."
+                )
         if multimask and self.num_mask_tokens == 1:
             raise InputError("multimask needs num_multimask_outputs of at least 1, this decoder has 0.")
         for name, value in (("image_embeddings", image), ("dense", dense)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 
 
 class Attention(nn.Module):
@@ -16,6 +16,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
+        check_whole(dim=dim)
         inner = dim // downsample
         if num_heads < 1 or inner % num_heads:
             raise InputError(
@@ -105,6 +106,7 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(self, dim: int, depth: int = 2, num_heads: int = 8, mlp_dim: int = 2048) -> None:
         super().__init__()
+        check_whole(depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
         self.dim = dim
         self.layers = nn.ModuleList(TwoWayBlock(dim, num_heads, mlp_dim, first=i == 0) for i in range(depth))
         self.final_attn_token_to_image = Attention(dim, num_heads, downsample=2)

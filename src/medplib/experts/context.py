@@ -165,6 +165,8 @@ def named_routers(model: nn.Module) -> dict[str, MoERouter]:
     """Every MoERouter in `model` by its qualified name, which is "" for the model itself."""
     from medplib.experts.router import MoERouter
 
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model must be an nn.Module, got {model!r:.80}.")
     return {name: module for name, module in model.named_modules() if isinstance(module, MoERouter)}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError, is_number
+from medplib.errors import InputError, check_whole, is_number
 from medplib.experts.bias import LoadBias
 from medplib.experts.noise import KeyedNoise
 from medplib.experts.selection import NOISE_SCALES, check_selection, in_best_groups, perturb, spread
@@ -178,6 +178,7 @@ def check_gate(num_experts: int, top_k: int) -> None:
 
 def gate_weight(dim: int, num_experts: int) -> nn.Parameter:
     """A gate's matrix (E, D), drawn."""
+    check_whole(dim=dim)
     weight = nn.Parameter(torch.empty(num_experts, dim))
     draw_gate_weight(weight)
     return weight

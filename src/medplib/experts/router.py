@@ -114,6 +114,10 @@ class MoERouter(nn.Module):
             z_loss_coef=z_loss_coef,
         )
         names = expert_names(experts)
+        if not isinstance(gate, str | nn.Module):
+            raise InputError(f"gate must be a name or a module, got {gate!r}.")
+        if gate_args is not None and not isinstance(gate_args, Mapping):
+            raise InputError(f"gate_args must be a dict of the gate's settings, got {gate_args!r}.")
         gate_args = dict(gate_args or {})
         if parity is not None:
             check_parity(parity, gate, drop)
@@ -179,6 +183,8 @@ class MoERouter(nn.Module):
         With parity="deepspeed" padding is routed like any token, as published: a surrounding `routing_mask`
         is not looked at, and a mask given here is refused.
         """
+        if not isinstance(x, Tensor):
+            raise InputError(f"MoERouter needs a tensor (..., {self.dim}), got a {type(x).__name__}.")
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise InputError(f"MoERouter of width {self.dim} got a tensor of shape {tuple(x.shape)}.")
         if not x.is_floating_point():

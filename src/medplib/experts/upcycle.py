@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib.errors import CheckpointError, InputError, UnknownNameError
+from medplib.experts.checks import expert_names
 from medplib.experts.context import named_routers
 from medplib.experts.router import MoERouter
 
@@ -40,13 +41,20 @@ def upcycle(
     Just after it, all experts being equal, a top-1 mixture gives p_best * FFN(x). (Komatsuzaki et al., Sparse
     Upcycling, 2023.)
     """
-    paths = _find(model, [layers] if isinstance(layers, str) else list(layers))
+    layers = [layers] if isinstance(layers, str) else layers
+    if (
+        not isinstance(layers, list | tuple)
+        or not layers
+        or not all(isinstance(path, str) for path in layers)
+    ):
+        raise InputError(f"layers must be a dotted path or a list of them, got {layers!r}.")
+    paths, names = _find(model, list(layers)), expert_names(experts)
     routers = {}
     for path in paths:
         block = model.get_submodule(path)
         if any(isinstance(module, MoERouter) for module in block.modules()):
             raise InputError(f"{path} is or holds a MoERouter already; choose dense blocks.")
-        copies = {name: copy.deepcopy(block) for name in experts}
+        copies = {name: copy.deepcopy(block) for name in names}
         router = MoERouter(_width(block, path) if dim is None else dim, copies, **router_args)
         weight = next(block.parameters(), None)
         if weight is not None:
@@ -112,7 +120,14 @@ def assemble_mixture(
     The gates come from `rest` if it has them and else stay as they are. Raises CheckpointError, naming every
     tensor that is missing or has another shape, before anything is copied.
     """
+    named_routers(mixture)  # refuses what is no module
+    for name, value in (("sources", sources), ("overrides", overrides)):
+        if not isinstance(value, Mapping) and not (name == "overrides" and value is None):
+            raise InputError(f"{name} must be a dict by name, got {value!r:.80}.")
     overrides = dict(overrides or {})
+    for name, source in sources.items():
+        if not isinstance(source, nn.Module | Mapping):
+            raise InputError(f"The source '{name}' must be a model or its state dict, got {source!r:.80}.")
     states = {
         name: source.state_dict() if isinstance(source, nn.Module) else source
         for name, source in sources.items()
@@ -148,6 +163,8 @@ def assemble_mixture(
 
 def _find(model: nn.Module, patterns: list[str]) -> list[str]:
     """The module paths that match, in the order of the model; every pattern must match something."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model must be an nn.Module, got {model!r:.80}.")
     names = [name for name, _ in model.named_modules() if name]
     found: dict[str, None] = {}
     for pattern in patterns:

@@ -22,6 +22,8 @@ def write_together(
     InputError if a foreign file or something that is no folder is in the way, MedPLIBError if the folder
     cannot be written (no right, disk full).
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise InputError(f"Give the path of a folder to save in, got {folder!r}.")
     target = Path(folder).expanduser()
     try:
         target = target.resolve()

@@ -54,6 +54,8 @@ def quirks(names: str | Iterable[str] | Quirks | None) -> Quirks:
     known = {"official": OFFICIAL, "release": RELEASE}
     if isinstance(names, str) and names in known:
         return known[names]
+    if not isinstance(names, str | Iterable):
+        raise UnknownNameError.among(f"No quirk named {names!r}.", str(names), known)
     names = [names] if isinstance(names, str) else list(names)
     fields = [f.name for f in dataclasses.fields(Quirks)]
     for name in names:

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_size, check_whole
 from medplib.prompts.boxes import BoxEncoder
 from medplib.prompts.masks import MaskEncoder
 from medplib.prompts.points import PointEncoder
-from medplib.prompts.position import FourierPosition
+from medplib.prompts.position import FourierPosition, check_tensors
 from medplib.weights import check_fit
 
 # Our parameter names -> those of SAM and SAM-Med2D. Shapes are equal.
@@ -53,6 +53,7 @@ class PromptEncoder(nn.Module):
         mask_channels: int = 16,
     ):
         super().__init__()
+        check_size(grid_size=grid_size, image_size=image_size)
         self.dim = dim
         self.grid_size = tuple(grid_size)
         self.position = FourierPosition(dim)
@@ -116,6 +117,7 @@ class PromptEncoder(nn.Module):
         if text.ndim != 3 or text.shape[-1] != self.dim:
             raise InputError(f"text must be (B, T, {self.dim}), got {tuple(text.shape)}")
         text = text.to(self.padding.weight.dtype)
+        check_tensors(text_valid=valid)
         if valid is None:
             return text
         if valid.shape != text.shape[:2]:
@@ -124,14 +126,18 @@ class PromptEncoder(nn.Module):
 
     @staticmethod
     def _batch_size(points, boxes, masks, text, batch_size) -> int:
-        prompts = {"points": points and points[0], "boxes": boxes, "masks": masks, "text": text}
-        given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
-        for name, prompt in given.items():
-            if not isinstance(prompt, torch.Tensor):
-                kind = type(prompt).__name__
-                raise InputError(f"{name} must be a tensor, got a {kind}; use torch.tensor(...).")
-        sizes = {name: prompt.shape[0] for name, prompt in given.items()}
+        given = {
+            "points": None if points is None else points[0],
+            "boxes": boxes,
+            "masks": masks,
+            "text": text,
+        }
+        check_tensors(**given)
+        sizes = {
+            name: len(prompt) if prompt.ndim else 1 for name, prompt in given.items() if prompt is not None
+        }
         if batch_size is not None:
+            check_whole(0, batch_size=batch_size)
             sizes["batch_size"] = batch_size
         if len(set(sizes.values())) > 1:
             raise InputError(f"Prompts must agree on the batch size, got {sizes}")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_size, check_whole
+from medplib.prompts.position import check_tensors
 
 
 class MaskEncoder(nn.Module):
@@ -19,6 +20,8 @@ class MaskEncoder(nn.Module):
 
     def __init__(self, dim: int, grid_size: tuple[int, int], mask_channels: int = 16):
         super().__init__()
+        check_whole(mask_channels=mask_channels)
+        check_size(grid_size=grid_size)
         if mask_channels < 8 or mask_channels % 4:  # normalising a single channel would erase the mask
             raise InputError(f"mask_channels must be a multiple of 4 and at least 8, got {mask_channels}")
         self.grid_size = tuple(grid_size)
@@ -43,9 +46,10 @@ class MaskEncoder(nn.Module):
 
         `valid` bool (B,): samples without a mask in a batch with masks. Raises InputError for other shapes.
         """
+        check_tensors(masks=masks, valid=valid)
         absent = self.no_mask.weight.reshape(1, -1, 1, 1)
         if masks is None:
-            return absent.expand(batch_size or 1, -1, *self.grid_size)  # (B, D, h, w)
+            return absent.expand(1 if batch_size is None else batch_size, -1, *self.grid_size)  # (B, D, h, w)
         wanted = (1, *(4 * side for side in self.grid_size))
         if masks.ndim != 4 or tuple(masks.shape[1:]) != wanted:
             raise InputError(

@@ -7,8 +7,8 @@ network's square.
 import torch
 from torch import nn
 
-from medplib.errors import InputError
-from medplib.prompts.position import FourierPosition
+from medplib.errors import InputError, check_size
+from medplib.prompts.position import FourierPosition, check_tensors
 
 
 class PointEncoder(nn.Module):
@@ -22,6 +22,7 @@ class PointEncoder(nn.Module):
 
     def __init__(self, dim: int, image_size: tuple[int, int], shared: bool = False):
         super().__init__()
+        check_size(image_size=image_size)
         self.image_size = tuple(image_size)
         self.background = nn.Embedding(1, dim)
         self.foreground = nn.Embedding(1, dim)
@@ -46,11 +47,12 @@ class PointEncoder(nn.Module):
 
 
 def _check(points: torch.Tensor, labels: torch.Tensor) -> None:
+    check_tensors(points=points, labels=labels)
     if points.ndim != 3 or points.shape[-1] != 2 or labels.shape != points.shape[:2]:
         raise InputError(
             f"points must be (B, N, 2) and labels (B, N), got {tuple(points.shape)} and {tuple(labels.shape)}"
         )
-    if not torch.compiler.is_compiling() and ((labels < -1) | (labels > 1)).any():
+    if not torch.compiler.is_compiling() and ((labels != 1) & (labels != 0) & (labels != -1)).any():
         raise InputError(
             "point labels must be 1 (foreground), 0 (background) or -1 (padding), "
             f"got {sorted(set(labels.flatten().tolist()))}"

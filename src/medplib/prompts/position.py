@@ -9,7 +9,7 @@ import math
 import torch
 from torch import nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 
 
 class FourierPosition(nn.Module):
@@ -20,7 +20,8 @@ class FourierPosition(nn.Module):
 
     def __init__(self, dim: int, scale: float = 1.0):
         super().__init__()
-        if dim < 2 or dim % 2:
+        check_whole(dim=dim)
+        if dim % 2:
             raise InputError(f"dim must be even (half sine, half cosine), got {dim}")
         self.scale = scale
         self.register_buffer("directions", torch.empty(2, dim // 2))  # persistent: a drawn constant
@@ -51,3 +52,12 @@ class FourierPosition(nn.Module):
         )
         y, x = torch.meshgrid(rows, columns, indexing="ij")
         return self(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]  # (1, D, h, w)
+
+
+def check_tensors(**prompts: object) -> None:
+    """Raise InputError for what is no tensor; None is nothing."""
+    for name, prompt in prompts.items():
+        if prompt is not None and not isinstance(prompt, torch.Tensor):
+            raise InputError(
+                f"{name} must be a tensor, got a {type(prompt).__name__}; use torch.tensor(...)."
+            )

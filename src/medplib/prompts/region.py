@@ -4,8 +4,8 @@ Letters: B images, C channels, h, w the feature grid, N = h * w its cells, R reg
 A region's mask covers the network's square, at any resolution; it is brought to the grid here.
 """
 
-from collections import Counter
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.geometry import Letterbox
+from medplib.prompts.position import check_tensors
 
 
 def region_mask_to_grid(
@@ -53,8 +54,8 @@ class RegionPooler(nn.Module):
     `official=True` gives the zero vector instead, as published, and reads the features at every pixel of a
     mask that is finer than the grid. An empty mask gives the zero vector always.
 
-    The draw depends on `seed` and the region's number within its image alone, in training as in evaluation:
-    the global generator is neither used nor moved. Give forward a `generator` for fresh draws
+    The draw depends on `seed` and the region's mask alone, whatever else is in the batch, in training as in
+    evaluation: the global generator is neither used nor moved. Give forward a `generator` for fresh draws
     (`torch.default_generator` is the published behaviour).
 
         pooler = RegionPooler()
@@ -69,12 +70,11 @@ class RegionPooler(nn.Module):
         official: bool = False,
     ):
         super().__init__()
-        if max_points < 1:
-            raise InputError(f"max_points must be at least 1, got {max_points}")
+        check_whole(max_points=max_points)
         if weights not in ("binary", "area"):
             raise InputError(f"weights must be 'binary' or 'area', got {weights!r}")
         self.max_points = max_points
-        self.seed = seed or 0
+        self.seed = _seed(seed)
         self.weights = weights
         self.official = official
 
@@ -101,16 +101,16 @@ class RegionPooler(nn.Module):
             size = tuple(masks.shape[-2:] if self.official else features.shape[-2:])
             values = sample_cells(features, size)  # (B, C, N)
             inside = masks_to_grid(masks, size, self.official).flatten(1)  # (R, N)
-            share = self._choose(inside, image_index, generator, permutations).float()
+            share = self._choose(inside, generator, permutations).float()
         share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # (R, N)
         return (values[image_index] * share[:, None]).sum(-1).to(features.dtype)  # (R, C)
 
-    def _choose(self, inside, image_index, generator, permutations) -> torch.Tensor:
+    def _choose(self, inside, generator, permutations) -> torch.Tensor:
         """(R, N) bool -> (R, N) bool with at most `max_points` cells per region."""
         if inside.shape[1] <= self.max_points:
             return inside
         chosen = inside.clone()
-        generators = _generators(self.seed, image_index, generator)
+        generators = _generators(self.seed, len(inside), generator)
         for region, count in enumerate(inside.sum(1).tolist()):
             if count <= self.max_points:
                 continue
@@ -157,6 +157,11 @@ class GeometryRegionPooler(nn.Module):
         official: bool = False,
     ):
         super().__init__()
+        check_whole(num_points=num_points)
+        for name, values in (("stages", stages), ("neighbors", neighbors)):
+            if not isinstance(values, list | tuple):
+                raise InputError(f"{name} must be a list of whole numbers, got {values!r}")
+            check_whole(**{f"{name}[{i}]": value for i, value in enumerate(values)})
         if not stages or len(stages) != len(neighbors):
             raise InputError(f"stages and neighbors must be equally long, got {stages} and {neighbors}")
         for before, kept, near in zip((num_points, *stages), stages, neighbors, strict=False):
@@ -166,7 +171,7 @@ class GeometryRegionPooler(nn.Module):
                     f"got stages {tuple(stages)} and neighbors {tuple(neighbors)}"
                 )
         self.num_points = num_points
-        self.seed = seed or 0
+        self.seed = _seed(seed)
         self.official = official
         self.stages = nn.ModuleList(
             GeometryStage(dim, kept, near, pool, official)
@@ -189,7 +194,7 @@ class GeometryRegionPooler(nn.Module):
         inside = masks_to_grid(masks, (height, width), self.official).flatten(1)  # (R, N)
         if not len(inside):
             return features.new_zeros(0, self.project.out_features)
-        draws = draws or self._draw(inside, image_index, generator)
+        draws = draws or self._draw(inside, generator)
         cells = torch.stack([self._cells(*pair) for pair in zip(inside, draws.points, strict=True)])  # (R, P)
         size = torch.tensor([height, width], device=cells.device)
         places = torch.stack([cells // width, cells % width], dim=-1) / size  # (R, P, 2) as row, column
@@ -201,9 +206,9 @@ class GeometryRegionPooler(nn.Module):
         out = self.project(flat) * inside.any(1, keepdim=True)  # (R, out_dim), 0 for an empty mask
         return out.to(features.dtype)
 
-    def _draw(self, inside, image_index, generator) -> GeometryDraws:
+    def _draw(self, inside, generator) -> GeometryDraws:
         """All points first, then the starts stage by stage: with one generator, the published order."""
-        generators = _generators(self.seed, image_index, generator)
+        generators = _generators(self.seed, len(inside), generator)
         points = []
         for count, source in zip(inside.sum(1).tolist(), generators, strict=True):
             if count > self.num_points:
@@ -330,7 +335,11 @@ def _take(points: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _check(features: torch.Tensor, masks: torch.Tensor, image_index: torch.Tensor | None) -> torch.Tensor:
     """The image of each region, (R,), once everything fits."""
-    if features.ndim != 4 or masks.ndim != 3:
+    check_tensors(image_index=image_index)
+    for name, value in (("features", features), ("masks", masks)):
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{name} must be a tensor, got a {type(value).__name__}")
+    if features.ndim != 4 or masks.ndim != 3 or 0 in (*features.shape[2:], *masks.shape[1:]):
         raise InputError(
             f"features must be (B, C, h, w) and masks (R, h', w'), "
             f"got {tuple(features.shape)} and {tuple(masks.shape)}"
@@ -342,8 +351,11 @@ def _check(features: torch.Tensor, masks: torch.Tensor, image_index: torch.Tenso
         if images == regions:
             return torch.arange(regions, device=features.device)
         raise InputError(f"{regions} regions of {images} images need image_index, the image of each region")
-    if image_index.shape != (regions,):
-        raise InputError(f"image_index must be ({regions},), got {tuple(image_index.shape)}")
+    if image_index.shape != (regions,) or image_index.dtype not in (torch.int64, torch.int32):
+        raise InputError(
+            f"image_index must be ({regions},) whole numbers, got {tuple(image_index.shape)} "
+            f"{image_index.dtype}"
+        )
     if (
         regions
         and not torch.compiler.is_compiling()
@@ -353,18 +365,19 @@ def _check(features: torch.Tensor, masks: torch.Tensor, image_index: torch.Tenso
     return image_index.to(features.device)
 
 
-def _generators(
-    seed: int, image_index: torch.Tensor, generator: torch.Generator | None
-) -> list[torch.Generator]:
-    """One source of randomness per region: the given one, or one keyed by seed and number in its image."""
+def _seed(seed: int | None) -> int:
+    """The seed, 0 for None. Raises InputError for what is no whole number."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+        raise InputError(f"seed must be a whole number or None, got {seed!r}")
+    return int(seed or 0)
+
+
+def _generators(seed: int, count: int, generator: torch.Generator | None) -> list[torch.Generator]:
+    """A source of randomness for each of `count` regions: the given one, or a new one from the seed, so that
+    no region's draw depends on its neighbours in the batch."""
     if generator is not None:
-        return [generator] * len(image_index)
-    seen: Counter[int] = Counter()
-    generators = []
-    for image in image_index.tolist():
-        generators.append(torch.Generator().manual_seed((seed * 1_000_003 + seen[image]) % 2**63))
-        seen[image] += 1
-    return generators
+        return [generator] * count
+    return [torch.Generator().manual_seed(seed % 2**63) for _ in range(count)]
 
 
 def _permute(count: int, generator: torch.Generator) -> torch.Tensor:

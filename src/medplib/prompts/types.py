@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_size, check_whole
 from medplib.io.masks import foreground
 
 
@@ -27,9 +27,10 @@ class Point:
 
     def check(self, size: tuple[int, int]) -> None:
         """Raise InputError unless the point lies in an image of size (H, W)."""
+        check_size(size=size)
         height, width = size
         _check_numbers(self, x=self.x, y=self.y)
-        if self.label not in (0, 1):
+        if not isinstance(self.label, (int, float, np.generic)) or self.label not in (0, 1):
             raise InputError(
                 f"A point's label must be 1 (foreground) or 0 (background), got {self.label!r} in {self}"
             )
@@ -45,11 +46,10 @@ class Point:
         An even `point_size` puts the extra row and column before the point.
         """
         self.check(size)
-        if int(point_size) != point_size or point_size < 1:
-            raise InputError(f"point_size must be a whole number of pixels >= 1, got {point_size}")
-        top, left = (math.floor(at) - int(point_size) // 2 for at in (self.y, self.x))
+        check_whole(point_size=point_size)
+        top, left = (math.floor(at) - point_size // 2 for at in (self.y, self.x))
         mask = np.zeros(size, dtype=bool)
-        mask[max(0, top) : top + int(point_size), max(0, left) : left + int(point_size)] = True
+        mask[max(0, top) : top + point_size, max(0, left) : left + point_size] = True
         return mask
 
 
@@ -65,6 +65,9 @@ class Box:
     @classmethod
     def around(cls, mask: np.ndarray) -> Box:
         """The smallest box that holds the foreground of a mask (H, W), which must have some."""
+        mask = np.asarray(mask)
+        if mask.ndim != 2 or mask.dtype.kind not in "buif":
+            raise InputError(f"A mask must be an array (height, width), got {mask.dtype} {mask.shape}.")
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(rows):
             raise InputError("A mask without foreground has no box around it.")
@@ -72,6 +75,7 @@ class Box:
 
     def check(self, size: tuple[int, int]) -> None:
         """Raise InputError unless the box has an area and lies in an image of size (H, W)."""
+        check_size(size=size)
         height, width = size
         _check_numbers(self, x0=self.x0, y0=self.y0, x1=self.x1, y1=self.y1)
         if self.x1 <= self.x0 or self.y1 <= self.y0:
@@ -106,6 +110,7 @@ class Mask:
 
     def to_mask(self, size: tuple[int, int], point_size: int = 41) -> np.ndarray:
         """bool (H, W), a new array. `point_size` is for points and ignored here."""
+        check_size(size=size)
         array, name = _read_mask(self.mask)
         if array.shape != tuple(size):
             raise InputError(

@@ -16,7 +16,7 @@ from timm.models.vision_transformer_sam import (
 )
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.vision.features import VisionFeatures
 from medplib.weights import check_fit
 
@@ -98,16 +98,22 @@ class SamImageEncoder(nn.Module):
         adapters: bool = True,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or image_size % patch_size:
+        check_whole(image_size=image_size, patch_size=patch_size, dim=dim, depth=depth, num_heads=num_heads)
+        check_whole(out_channels=out_channels)
+        check_whole(0, window_size=window_size)
+        if not isinstance(global_blocks, list | tuple):
+            raise InputError(f"global_blocks must be a list of whole numbers, got {global_blocks!r}.")
+        check_whole(0, **{f"global_blocks[{i}]": block for i, block in enumerate(global_blocks)})
+        if image_size % patch_size:
             raise InputError(f"image_size must be a multiple of patch_size {patch_size}, got {image_size}.")
         if adapters and image_size // patch_size % 2:
             raise InputError(
                 f"The adapters need an even number of patches per side, got {image_size} / {patch_size} = "
                 f"{image_size // patch_size}; choose another image_size or adapters=False."
             )
-        if num_heads < 1 or dim % num_heads:
+        if dim % num_heads:
             raise InputError(f"num_heads must divide dim {dim}, got {num_heads}.")
-        wrong = [i for i in global_blocks if not 0 <= i < depth]
+        wrong = [i for i in global_blocks if i >= depth]
         if wrong:
             raise InputError(f"global_blocks must be between 0 and {depth - 1} (depth {depth}), got {wrong}.")
         self.image_size, self.stride, self.channels = image_size, patch_size, out_channels
