@@ -19,7 +19,7 @@ from medplib.experts import (
 )
 from medplib.experts.context import Padding
 from medplib.experts.dispatch import mix
-from medplib.experts.grouped import group_experts
+from medplib.experts.grouped import group_experts, packed_swiglu
 from medplib.experts.mlp import GELUMLP, SwiGLU
 
 DIM = 6
@@ -134,6 +134,43 @@ def test_expert_with_a_hook_or_an_activation_of_its_own_is_called_and_not_bypass
     assert group_experts(tokens, modules, None) is None
     modules["expert_1"] = GELUMLP(16, 24).to(torch.bfloat16)
     assert group_experts(tokens, modules, None) is None
+
+
+def test_only_plain_swiglu_experts_that_lie_together_are_streamed():
+    router, tokens = MoERouter(16, 2, hidden_dim=24), torch.randn(1, 16)
+    expert = router.experts["expert_1"]
+
+    def streamed():
+        return packed_swiglu(tokens, router.experts, router.packed_weights) is not None
+
+    assert streamed()
+    assert packed_swiglu(tokens, router.experts, None) is None
+    assert packed_swiglu(tokens.double(), router.experts, router.packed_weights) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not streamed()
+    for module in (expert, expert.down_proj):
+        for register in (module.register_forward_hook, module.register_forward_pre_hook):
+            hook = register(lambda *_: None)
+            assert not streamed()
+            hook.remove()
+        module.forward = lambda x: x
+        assert not streamed()
+        del module.forward
+    assert streamed()
+    plain = expert.up_proj
+    expert.up_proj = nn.Linear(16, 24)
+    assert not streamed()
+    expert.up_proj = nn.Linear(16, 24, bias=False)  # plain, but elsewhere in memory
+    assert not streamed()
+    expert.up_proj = plain
+    assert streamed()
+    plain.weight.data = plain.weight.data.clone()
+    assert not streamed()
+    router.pack()
+    assert streamed()
+    add_lora(router.experts, 4)
+    assert router.packed_weights() is not None
+    assert not streamed()
 
 
 # torch.compile: the same answers from one graph

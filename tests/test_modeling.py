@@ -430,6 +430,22 @@ def test_any_decoder_generates_the_same_with_and_without_a_cache_and_in_a_batch(
         assert model(**train_batch(model, samples)).mask_logits.shape == (4, 16, 16)
 
 
+def test_placeholders_are_looked_for_in_prompts_and_where_one_may_be_generated(
+    tiny_model, samples, monkeypatch
+):
+    model, looked = tiny_model, []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda *args: looked.append(not args[-1]) or embed(*args))
+    batch = model.processor(questions(samples))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4}
+    wanted = model.generate_with_states(batch, **options).ids
+    assert looked == [True, False, False, False]
+    batch.tensors["input_ids"].masked_fill_(batch.tensors["input_ids"] == model.config.tokens.image, 300)
+    monkeypatch.setattr(model.config.tokens, "image", 300)
+    assert torch.equal(model.generate_with_states(batch, **options).ids, wanted)
+    assert looked[4:] == [True] * 4
+
+
 def test_masks_come_from_the_pass_that_writes_the_words(tiny_model, samples):
     model = tiny_model
     asked = questions(samples)

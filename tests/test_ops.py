@@ -737,6 +737,28 @@ def test_scores_on_a_gpu_come_from_the_operator_from_the_first_call_on(monkeypat
     assert called == [LIB.gate_logits.default]
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_without_gradients_the_same_numbers_come_without_a_history(without, dtype):
+    given = setting("plain", dtype)
+    tokens, weight = given["tokens"].requires_grad_(True), given["weight"].requires_grad_(True)
+
+    def run():
+        logits = ops.gate_logits(tokens, weight)
+        _, experts, weights = ops.route(logits, 2)
+        plan = ops.plan(experts, logits.shape[1])
+        rows = ops.swiglu(ops.permute(tokens, plan.order, 2, plan.position))
+        return logits, experts, weights, rows, ops.combine(rows, plan.order, weights, plan.position)
+
+    wanted = run()
+    with without():
+        got = run()
+    assert wanted[-1].requires_grad
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
+
+
 # Wrong arguments
 
 

@@ -188,16 +188,19 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         image_index: Tensor | None = None,
         region_masks: Tensor | None = None,
         region_images: Tensor | None = None,
+        only_words: bool = False,
     ) -> Tensor:
         """Words, image and region placeholders -> (B, L, D).
 
         features: of N images. image_index: (I,) the image of each run of image placeholders, in row-major
         order (default: the images in order). region_masks: (R, h, w) on the vision grid, in order of the
-        region placeholders; region_images: (R,) their images. Raises InputError where the counts do not
-        match.
+        region placeholders; region_images: (R,) their images. only_words: no id is a placeholder, which then
+        need not be read from the device. Raises InputError where the counts do not match.
         """
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
             raise InputError("input_ids must be a tensor (B, L) of token ids, as MedPLIBProcessor makes it.")
+        if only_words:
+            return self.get_input_embeddings()(input_ids)
         tokens = self.config.tokens
         is_image, is_region = input_ids == tokens.image, input_ids == tokens.region
         words = self.get_input_embeddings()(input_ids.masked_fill(is_image | is_region, 0))  # (B, L, D)
@@ -254,16 +257,17 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         last_hidden_only: bool = False,
+        only_words: bool = False,
         **kwargs,
     ) -> MedPLIBOutput:
         """One pass: logits, and a mask for every `<SEG>` in `input_ids` when the mask side has an image.
 
         input_ids (B, L) with placeholders already expanded by the processor; pixel_values (N, 3, H, W) for
         the vision tower and mask_pixel_values (N, 3, H', W') for the mask side (or their `features`, computed
-        before); image_index, region_masks, region_images as in `embed`; seg_images (S,) the image that each
-        `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1} on the
-        mask side's square. kwargs, such as the keys and values of earlier tokens, go to the decoder. Raises
-        InputError where counts do not match.
+        before); image_index, region_masks, region_images, only_words as in `embed`; seg_images (S,) the image
+        that each `<SEG>` draws on. labels (B, L), -100 where nothing is learned; masks (S, H', W') in {0, 1}
+        on the mask side's square. kwargs, such as the keys and values of earlier tokens, go to the decoder.
+        Raises InputError where counts do not match.
         """
         if features is None and pixel_values is not None:
             features = self.vision_tower(pixel_values)
@@ -271,7 +275,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             kwargs["output_hidden_states"] = False  # the last one is at hand; keep none of the others
         if use_cache is None and labels is not None:
             use_cache = False
-        embeds = self.embed(input_ids, features, image_index, region_masks, region_images)
+        embeds = self.embed(input_ids, features, image_index, region_masks, region_images, only_words)
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         if kwargs.get(CACHE) is not None and input_ids.shape[1] == 1:
             mask = None  # what is generated is never padding
@@ -356,6 +360,9 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         if cache is not None and cache.get_seq_length() > 0:
             for name in ("pixel_values", "image_index", "region_masks", "region_images", "features"):
                 inputs.pop(name, None)
+            generated = not kwargs.get("is_first_iteration") and inputs["input_ids"].shape[1] == 1
+            tokens = self.config.tokens  # the published placeholders are negative and cannot be generated
+            inputs["only_words"] = generated and max(tokens.image, tokens.region) < 0
         return inputs
 
     def train(self, mode: bool = True) -> MedPLIB:

@@ -214,7 +214,7 @@ class MedPLIBProcessor:
 
         A label is what stands between <ref> and </ref> before its `<SEG>`.
         """
-        ids = [int(i) for i in ids if i >= 0]
+        ids = [i for i in (ids.tolist() if isinstance(ids, Tensor) else map(int, ids)) if i >= 0]
         if self.eos_id in ids:
             ids = ids[: ids.index(self.eos_id)]
         names = {i: token for token, i in self.control_ids.items()}

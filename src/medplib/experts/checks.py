@@ -109,14 +109,11 @@ def build_gate(name: str, dim: int, num_experts: int, settings: Mapping[str, Any
 
 def check_routing(routing: Routing, num_tokens: int, num_experts: int, gate: nn.Module) -> None:
     """Refuse what a gate from elsewhere may have got wrong."""
-    right = (
-        isinstance(routing, Routing)
-        and routing.probabilities.shape == (num_tokens, num_experts)
-        and routing.experts.ndim == 2
-        and routing.experts.shape[0] == num_tokens
-        and routing.experts.shape == routing.weights.shape
-        and (routing.served is None or routing.served.shape == routing.experts.shape)
-    )
+    right = isinstance(routing, Routing) and routing.probabilities.shape == (num_tokens, num_experts)
+    if right:
+        shape = routing.experts.shape
+        right = len(shape) == 2 and shape[0] == num_tokens and routing.weights.shape == shape
+        right = right and (routing.served is None or routing.served.shape == shape)
     if not right:
         raise InputError(
             f"The gate {type(gate).__name__} must return a Routing with probabilities ({num_tokens}, "

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from medplib import ops
 from medplib.experts.checks import run_expert
 from medplib.experts.grouped import Layered, Packed, PlainSwiGLU, group_experts, packed_swiglu, product_type
-from medplib.ops.reference import precise_type
+from medplib.ops.reference import cast, precise_type
 
 FEW = 64
 STREAMED = 16
@@ -133,17 +133,18 @@ def _read_later(counts: Tensor) -> Callable[[], list[int]]:
 def _mix_few(tokens: Tensor, experts: Tensor, weights: Tensor, modules: Mapping[str, nn.Module]) -> Tensor:
     """The same with the few assignments sorted on the host."""
     num_tokens, k = experts.shape
-    members: list[list[int]] = [[] for _ in modules]
-    for assignment, expert in enumerate(experts.reshape(-1).tolist()):
+    chosen, called_by = experts.reshape(-1).tolist(), list(modules.items())  # (n,), E
+    if k == 1 and 0 <= chosen[0] < len(called_by) and chosen.count(chosen[0]) == num_tokens:
+        name, expert = called_by[chosen[0]]  # all tokens, in their order
+        answer = run_expert(expert, tokens, name)  # (T, D)
+        return cast(answer * weights, answer.dtype)
+    members: list[list[int]] = [[] for _ in called_by]
+    for assignment, expert in enumerate(chosen):
         if 0 <= expert < len(members):
             members[expert].append(assignment)
     called = [(name, part) for name, part in zip(modules, members, strict=True) if part]
     if not called:
         return tokens.new_zeros(tokens.shape, dtype=product_type(tokens))
-    if len(called) == 1 and k == 1 and len(called[0][1]) == num_tokens:  # all tokens, in their order
-        name = called[0][0]
-        answer = run_expert(modules[name], tokens, name)  # (T, D)
-        return (answer * weights).to(answer.dtype)
     answers = []
     for name, part in called:
         rows = tokens if num_tokens == 1 else tokens[[assignment // k for assignment in part]]

@@ -96,8 +96,11 @@ def packed_swiglu(
 ) -> PlainSwiGLU | None:
     """The experts without a copy and without gradient, if they are plain SwiGLU blocks, packed, that a
     grouped product takes as they are."""
-    if packed is None or not all(_is_plain_swiglu(expert) for expert in modules.values()):
+    if packed is None:
         return None
+    for expert in modules.values():
+        if not _is_plain_swiglu(expert):
+            return None
     views = packed()
     if views is None or not groupable(tokens, views["down_proj.weight"]):
         return None
@@ -245,7 +248,8 @@ def _layer_names(expert: nn.Module) -> tuple[str, ...] | None:
         return ("up_proj", "down_proj")
     if (type(expert).__module__, type(expert).__name__) not in _SWIGLU:
         return None
-    if not is_silu(expert.act_fn) or _has_more(expert.act_fn):
+    activation = expert._modules.get("act_fn")
+    if not is_silu(activation) or _has_more(activation):
         return None
     return ("gate_proj", "up_proj", "down_proj")
 
@@ -256,15 +260,24 @@ def _is_plain_swiglu(expert: nn.Module) -> bool:
     names = _layer_names(expert)
     if names is None or len(names) != 3:
         return False
-    layers = [getattr(expert, name) for name in names]
-    return all(type(one) is nn.Linear and one.bias is None and not _has_more(one) for one in layers)
+    for name in names:
+        layer = expert._modules.get(name)
+        if type(layer) is not nn.Linear or _has_more(layer):
+            return False
+        if layer._parameters.get("bias", layer) is not None:  # one, or kept elsewhere
+            return False
+    return True
 
 
 def _has_more(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward: hooks, or a forward of its own."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    hooked = hooked or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooked) or "forward" in module.__dict__
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _read(layer: nn.Module) -> _Linear | None:
@@ -310,8 +323,9 @@ def is_silu(activation: object) -> bool:
 def groupable(tokens: Tensor, weight: Tensor) -> bool:
     """Whether a grouped product takes tokens (T, D) and weights (..., H, D) as they are, and waits for no
     device."""
-    autocast = torch.is_autocast_enabled(tokens.device.type)
-    return not autocast and _takes(tokens, tokens.dtype, _Linear(weight, None, []))
+    if torch.is_autocast_enabled(tokens.device.type) or weight.dtype != tokens.dtype:
+        return False
+    return type(weight.data) is Tensor and _waits_for_nothing(tokens, tokens.dtype, weight)
 
 
 def product_type(tokens: Tensor) -> torch.dtype:
@@ -339,12 +353,18 @@ def _waits_for_nothing(tokens: Tensor, kind: torch.dtype, weight: Tensor) -> boo
     """Whether the host need not read how many rows each expert has: weight (..., H, D)."""
     if not tokens.is_cuda:
         return True
-    if kind != torch.bfloat16 or any(size * kind.itemsize % 16 for size in weight.shape[-2:]):
+    height, width = weight.shape[-2:]
+    if kind != torch.bfloat16 or height % 8 or width % 8:  # rows of whole 16 bytes
         return False
     return _generation(tokens.device.index) in (9, 10)  # on others torch reads the offsets in a loop
+
+
+_capabilities: dict[int, int] = {}  # by device; torch takes longer to say
 
 
 @torch.compiler.assume_constant_result
 def _generation(device: int) -> int:
     """The major compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)[0]
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)[0]
+    return _capabilities[device]

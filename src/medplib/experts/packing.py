@@ -47,29 +47,32 @@ class Packed:
         current = _base_parameters(router)
         if len(current) != len(self.parameters):
             return None
-        if any(ours is not theirs for ours, theirs in zip(self.parameters, current, strict=True)):
-            return None
+        for ours, theirs in zip(self.parameters, current, strict=True):
+            if ours is not theirs:
+                return None
         return self.views if self._in_place() else None
 
     @torch.compiler.assume_constant_result
     def _in_place(self) -> bool:
-        return all(
-            type(parameter.data) is Tensor and parameter.data_ptr() == place
-            for parameter, place in zip(self.parameters, self.places, strict=True)
-        )
+        """Whether all are plain parameters where they were put."""
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            if type(parameter) is not nn.Parameter or parameter.data_ptr() != place:
+                return False
+        return True
 
 
 def _base_parameters(router: MoERouter) -> list[nn.Parameter]:
-    """Those of all experts, without LoRA's own. (`named_parameters` takes five times as long, and a decoder's
-    every layer asks at every token.)"""
+    """Those of all experts, without LoRA's own. (`named_parameters` takes more than twice as long, and
+    a decoder's every layer asks at every token.)"""
     found: list[nn.Parameter] = []
-    for expert in router.experts.children():
-        _gather(expert, found)
+    _gather(router.experts, found)
     return found
 
 
 def _gather(module: nn.Module, found: list[nn.Parameter]) -> None:
-    found.extend(parameter for parameter in module._parameters.values() if parameter is not None)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found.append(parameter)
     for name, part in module._modules.items():
         if part is not None and not name.startswith("lora_"):
             _gather(part, found)

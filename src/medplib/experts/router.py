@@ -192,13 +192,13 @@ class MoERouter(nn.Module):
         if self.parity is not None and mask is not None:
             raise InputError(f"parity={self.parity!r} routes padding too, as published; give no mask.")
         padding, choice = self._surroundings(mask)
-        tokens = x.reshape(-1, self.dim)  # (all tokens, D)
+        shape, tokens = x.shape[:-1], x.reshape(-1, self.dim)  # (...), (all tokens, D)
         if padding is not None and is_captured(x):
-            real = padding.flat(x.shape[:-1], x.device)  # (all tokens,)
+            real = padding.flat(shape, x.device)  # (all tokens,)
             tokens = tokens.masked_fill(~real.unsqueeze(1), 0)  # what is no number must not reach a gradient
-            return self._mix(tokens, choice, x.shape[:-1], None, real).view(x.shape)
-        kept = None if padding is None else padding.positions(x.shape[:-1], x.device)  # (T,)
-        out = self._mix(tokens if kept is None else tokens.index_select(0, kept), choice, x.shape[:-1], kept)
+            return self._mix(tokens, choice, shape, None, real).view(x.shape)
+        kept = None if padding is None else padding.positions(shape, x.device)  # (T,)
+        out = self._mix(tokens if kept is None else tokens.index_select(0, kept), choice, shape, kept)
         if kept is not None:
             out = out.new_zeros(tokens.shape).index_copy(0, kept, out)  # (all tokens, D)
         return out.view(x.shape)
@@ -217,8 +217,9 @@ class MoERouter(nn.Module):
         """
         if real is not None:
             self._check_padding_along()
-        routing = self.gate(tokens)
-        check_routing(routing, tokens.shape[0], self.num_experts, self.gate)
+        gate = self.gate
+        routing = gate(tokens)
+        check_routing(routing, tokens.shape[0], self.num_experts, gate)
         if choice is not None:
             routing = choice(self, routing, shape, kept)
         if real is not None:

@@ -74,9 +74,9 @@ def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
         return reference.gate_logits(tokens, weight)  # autograd then skips, FLOP counters see, each product
     if weight.dtype != tokens.dtype:  # a kernel takes one type, or 16-bit tokens and a float32 weight
         precise = reference.precise_type(tokens, weight)
-        weight = weight.to(precise)
+        weight = reference.cast(weight, precise)
         tokens = tokens.to(precise) if precise == torch.float64 else tokens
-    return torch.ops.medplib.gate_logits(tokens, weight)
+    return _operator("gate_logits", tokens, weight)
 
 
 def gate(
@@ -98,12 +98,7 @@ def gate(
 
     The choice is made in float32, the best first; of equal numbers the lowest index wins.
     """
-    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
-        raise InputError(
-            f"gate needs logits (T, E) and k between 1 and E, got {tuple(logits.shape)} and {k}."
-        )
-    if score not in SCORES:
-        raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}.")
+    _check_gate(logits, k, score)
     if selection is not None and selection.shape != logits.shape:
         raise InputError(
             f"selection must have the shape of the logits, {tuple(logits.shape)}, got "
@@ -113,7 +108,7 @@ def gate(
         raise InputError(
             f"mask must have one entry per token, ({logits.shape[0]},), got {tuple(mask.shape)}."
         )
-    logits = logits.to(reference.precise_type(logits))
+    logits = reference.cast(logits, reference.precise_type(logits))
     if selection is not None:
         selection = selection.detach().to(logits.dtype)
     parts = _operator(
@@ -131,7 +126,19 @@ def gate(
 
 def route(logits: Tensor, k: int, score: str = "softmax", renormalize: bool = False) -> tuple[Tensor, ...]:
     """The first three of `gate`: probabilities (T, E), chosen experts (T, K) and their weights (T, K)."""
-    return tuple(gate(logits, k, score, renormalize, statistics=False)[:3])
+    _check_gate(logits, k, score)
+    logits = reference.cast(logits, reference.precise_type(logits))
+    return _operator("gate", logits, None, None, k, score == "sigmoid", renormalize, False)[:3]
+
+
+def _check_gate(logits: Tensor, k: int, score: str) -> None:
+    """Raise InputError for logits, k or a score that `gate` does not take."""
+    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
+        raise InputError(
+            f"gate needs logits (T, E) and k between 1 and E, got {tuple(logits.shape)} and {k}."
+        )
+    if score not in SCORES:
+        raise InputError(f"score must be one of {', '.join(SCORES)}; got {score!r}.")
 
 
 def choose_top_k(logits: Tensor, k: int) -> Tensor:
@@ -213,18 +220,30 @@ def uniform(count: int, seed: Tensor | int, device: torch.device | str = "cpu") 
 
 def _operator(name: str, *args: Any) -> Any:
     """`torch.ops.medplib.<name>`; or its meaning at once, without the 20 us that the dispatcher takes, on the
-    CPU where no compiled kernel, gradient or tracer is concerned."""
-    if not (_loader.loaded("cpu") or torch.compiler.is_compiling()):
-        given = (t for arg in args for t in (arg if isinstance(arg, list) else (arg,)))
-        if all(_is_plain(tensor) for tensor in given if isinstance(tensor, Tensor)):
-            return getattr(reference, name)(*args)
-    return getattr(torch.ops.medplib, name)(*args)
+    CPU where no compiled kernel, gradient or tracer is concerned. Without gradients the dispatcher leaves out
+    what is written in Python for autograd, which has nothing to do then."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.medplib, name)(*args)
+    if not _loader.loaded("cpu") and _are_plain(args):
+        return getattr(reference, name)(*args)
+    if torch.is_grad_enabled():
+        return getattr(torch.ops.medplib, name)(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return getattr(torch.ops.medplib, name)(*args)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """A tensor on the CPU of which nobody wants a gradient."""
-    wanted = tensor.requires_grad and torch.is_grad_enabled()
-    return tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) and not wanted
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether all tensors lie on the CPU, and nobody wants a gradient of one."""
+    for arg in args:
+        if isinstance(arg, list):
+            if not _are_plain(arg):
+                return False
+        elif isinstance(arg, Tensor):
+            if type(arg) not in (Tensor, nn.Parameter) or not arg.is_cpu:
+                return False
+            if arg.requires_grad and torch.is_grad_enabled():
+                return False
+    return True
 
 
 def _as_seed(seed: Tensor | int, device: torch.device) -> Tensor:
@@ -336,9 +355,10 @@ def decode_ffn(
             f"decode_ffn needs one type, got tokens {tokens.dtype}, gate_up {gate_up.dtype} and down "
             f"{down.dtype}."
         )
-    weights = weights.to(reference.precise_type(tokens))
+    weights = reference.cast(weights, reference.precise_type(tokens))
+    experts = reference.cast(experts, torch.int64)
     residual = None if residual is None else residual.to(tokens.dtype)
-    return _operator("decode_ffn", tokens, experts.to(torch.int64), weights, gate_up, down, residual)
+    return _operator("decode_ffn", tokens, experts, weights, gate_up, down, residual)
 
 
 def count_choices(experts: Tensor, num_experts: int) -> Tensor:

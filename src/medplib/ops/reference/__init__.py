@@ -18,7 +18,7 @@ from medplib.ops.reference.experts import (
     swiglu,
     swiglu_backward,
 )
-from medplib.ops.reference.precision import precise_type
+from medplib.ops.reference.precision import cast, precise_type
 from medplib.ops.reference.routing import (
     capacity_of,
     choose_top_k,
@@ -38,6 +38,7 @@ from medplib.ops.reference.routing import (
 
 __all__ = [
     "capacity_of",
+    "cast",
     "choose_top_k",
     "combine",
     "combine_backward",

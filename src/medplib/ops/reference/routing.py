@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medplib.ops.reference.precision import precise_type, without_autocast
+from medplib.ops.reference.precision import cast, precise_type, without_autocast
 
 # splitmix64 (Steele, Lea and Flood, 2014): a counter becomes 64 well mixed bits. As signed 64-bit numbers.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -20,7 +20,7 @@ def gate_logits(tokens: Tensor, weight: Tensor) -> Tensor:
     """tokens (T, D), weight (E, D) -> (T, E) in the precise type, autocast or not."""
     precise = precise_type(tokens, weight)
     with without_autocast(tokens):
-        return tokens.to(precise) @ weight.to(precise).T  # (T, E)
+        return cast(tokens, precise) @ cast(weight, precise).T  # (T, E)
 
 
 def gate_logits_backward(
