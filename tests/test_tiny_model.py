@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from medplib import MedPLIB
+from medplib import Box, MedPLIB
 from medplib.data import load_mini
+from medplib.data.everyday import CANNOT, UNKNOWN
 
 CHEST_CT = Path(__file__).parents[1] / "examples" / "images" / "chest_ct.png"
 
@@ -49,3 +51,31 @@ def test_a_conversation_goes_on(model):
         before = model.ask(before, question)
         assert before.text == expected
     assert len(before.history) == 4
+
+
+@pytest.mark.parametrize(
+    ("question", "said", "drawn"),
+    [
+        ("What am I looking at?", "This is a CT image.", []),
+        ("Is this an MRI?", "No, this is a CT image.", []),
+        ("Describe this image.", "This is a CT image of the chest. It shows body, bone, left lung and right "
+         "lung.", []),
+        ("Outline the lungs.", "Here is the left lung and the right lung.", ["left lung", "right lung"]),
+        ("How many lungs can you see?", "There are two lungs in this image.", []),
+        ("Is there a lung in the image?", "Yes, there is left lung and right lung.", []),
+        ("right lung", "Here is the right lung.", ["right lung"]),
+        ("How large is the left lung?", "Here is the left lung.", ["left lung"]),
+        ("Segment the spleen.", UNKNOWN, []),
+        ("What is the diagnosis?", CANNOT, []),
+    ],
+)  # fmt: skip
+def test_everyday_questions(model, question, said, drawn):
+    answer = model.ask(CHEST_CT, question)
+    assert answer.text == said
+    assert [finding.label for finding in answer.findings] == drawn
+
+
+def test_what_a_box_marks_is_drawn(model):
+    answer = model.ask(CHEST_CT, "Segment what is in <region>.", prompts=[Box(35, 66, 136, 200)])
+    assert [finding.label for finding in answer.findings] == ["right lung"]
+    assert np.abs(np.array(answer.findings[0].box) - (35, 66, 136, 200)).max() <= 8

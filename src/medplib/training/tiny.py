@@ -3,7 +3,7 @@
     python -m medplib.training.tiny --out runs/tiny-whole
 
 Every step's data are keyed by (seed, run, step) and every run keeps its state on disk: the command continues
-where it was stopped. About 185 minutes on 2 CPU cores.
+where it was stopped. About 190 minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
