@@ -21,7 +21,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 from medplib.conversation import REGION
 from medplib.decoders.postprocess import mask_score
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
 from medplib.processing import Batch, Sample, as_list
 from medplib.prompts.types import Box, Mask, Point
@@ -231,8 +231,7 @@ class AnsweringMixin:
         return self.processor
 
     def _check_length(self, prompt: int, new: int) -> None:
-        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
-            raise InputError(f"max_new_tokens must be a whole number of at least 1, got {new!r}.")
+        check_whole(max_new_tokens=new)
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is not None and prompt + new > limit:
             raise InputError(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.io import dicom_seg as dicom
 from medplib.io.folder import write_together
 from medplib.io.overlay import COLOURS, with_legend
@@ -179,8 +179,7 @@ def segment_volume(
     from medplib.answering import named, request, without_article
 
     names = named(target)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a whole number of at least 1, got {batch_size!r}.")
+    check_whole(batch_size=batch_size)
     if isinstance(source, Volume) and series is not None:
         raise InputError(f"series chooses what is read, and a Volume is given; got {series!r}. Leave it out.")
     volume = source if isinstance(source, Volume) else load_volume(source, None, series)

@@ -16,7 +16,7 @@ import numpy as np
 
 from medplib.data.record import Record
 from medplib.data.recordset import fingerprint
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.evaluation.report import Report
 from medplib.evaluation.scoring import Question, check_protocol, questions_of, score
 from medplib.io.folder import write_together
@@ -56,9 +56,7 @@ def evaluate(
     for a setting that cannot be used, for no records, and for an `out` that holds another evaluation.
     """
     check_protocol(protocol)
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    check_whole(batch_size=batch_size, **({} if limit is None else {"limit": limit}))
     if not len(records):
         raise InputError("There are no records to evaluate on.")
     from medplib.answering import AnsweringMixin

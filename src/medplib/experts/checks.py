@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from medplib.errors import InputError, is_number
+from medplib.errors import InputError, check_whole, is_number
 from medplib.experts.capacity import DROPS
 from medplib.experts.gate import Routing
 from medplib.registry import GATES
@@ -74,8 +74,7 @@ def check_capacity(
     ):
         if value is not None and not (is_number(value) and value > 0):
             raise InputError(f"{name} must be a finite number above 0, or None to serve all; got {value!r}.")
-    if isinstance(min_capacity, bool) or not isinstance(min_capacity, int) or min_capacity < 0:
-        raise InputError(f"min_capacity must be a whole number of at least 0, got {min_capacity!r}.")
+    check_whole(0, min_capacity=min_capacity)
     if drop not in DROPS:
         raise InputError(f"drop must be one of {', '.join(DROPS)}; got {drop!r}.")
 

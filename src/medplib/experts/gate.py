@@ -170,8 +170,7 @@ class TopKGate(nn.Module):
 
 def check_gate(num_experts: int, top_k: int) -> None:
     """Raise InputError unless these can be the numbers of experts and of choices."""
-    if not isinstance(num_experts, int) or num_experts < 1:
-        raise InputError(f"num_experts must be a whole number of at least 1, got {num_experts!r}.")
+    check_whole(num_experts=num_experts)
     if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise InputError(f"top_k must be between 1 and {num_experts} (the number of experts), got {top_k!r}.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medplib.errors import InputError
+from medplib.errors import check_whole
 
 
 class SwiGLU(nn.Module):
@@ -20,7 +20,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = False) -> None:
         super().__init__()
-        _check_widths(dim, hidden_dim)
+        check_whole(dim=dim, hidden_dim=hidden_dim)
         self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
@@ -35,16 +35,10 @@ class GELUMLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()
-        _check_widths(dim, hidden_dim)
+        check_whole(dim=dim, hidden_dim=hidden_dim)
         self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         return self.down_proj(F.gelu(self.up_proj(x)))
-
-
-def _check_widths(dim: int, hidden_dim: int) -> None:
-    for name, value in (("dim", dim), ("hidden_dim", hidden_dim)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.experts.capacity import limit
 from medplib.experts.checks import (
     build_gate,
@@ -105,8 +105,7 @@ class MoERouter(nn.Module):
         pack: bool = True,
     ) -> None:
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise InputError(f"dim must be a whole number of at least 1, got {dim!r}.")
+        check_whole(dim=dim)
         check_capacity(capacity_factor, eval_capacity_factor, min_capacity, drop)
         check_coefficients(
             balance_loss_coef=balance_loss_coef,

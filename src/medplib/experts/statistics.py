@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from medplib import ops
-from medplib.errors import InputError
+from medplib.errors import InputError, check_whole
 from medplib.experts.context import named_routers
 from medplib.experts.recomputation import is_recomputation
 
@@ -123,8 +123,7 @@ def count_routing(model: nn.Module, remember: int = 0) -> Iterator[ModelStatisti
         )
     if any(router.statistics is not None for router in routers.values()):
         raise InputError("The routers are being counted already; count_routing cannot be nested.")
-    if isinstance(remember, bool) or not isinstance(remember, int) or remember < 0:
-        raise InputError(f"remember must be a whole number of at least 0, got {remember!r}.")
+    check_whole(0, remember=remember)
     layers = {name or "router": RoutingStatistics(router, remember) for name, router in routers.items()}
     for name, router in routers.items():
         router.statistics = layers[name or "router"]
