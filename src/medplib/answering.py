@@ -23,9 +23,10 @@ from medplib.conversation import REGION
 from medplib.decoders.postprocess import mask_score
 from medplib.errors import InputError, check_whole
 from medplib.official.compat import THRESHOLD, Quirks, published_states, quirks
-from medplib.processing import Batch, Sample, as_list
+from medplib.processing import as_list
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
+from medplib.sample import Batch, Sample
 
 if TYPE_CHECKING:
     from medplib.volumetric import VolumeAnswer

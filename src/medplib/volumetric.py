@@ -19,8 +19,8 @@ from medplib.io import dicom_seg as dicom
 from medplib.io.folder import write_together
 from medplib.io.overlay import COLOURS, with_legend
 from medplib.io.volume import AXES, Volume, load_volume
-from medplib.processing import Sample
 from medplib.results import NOTICE, SOFTWARE, file_label, is_ours, png, versions
+from medplib.sample import Sample
 
 _SHOWN = 12  # slices on the overview
 

@@ -24,8 +24,8 @@ from medplib.io.volume import AXES
 
 if TYPE_CHECKING:
     from medplib.io.volume import Volume
-    from medplib.processing import Sample
     from medplib.results import Answer
+    from medplib.sample import Sample
 
 RESULTS = "results.jsonl"
 _ID = re.compile(r"\w[\w.+-]{0,99}")  # it names a folder
@@ -114,7 +114,7 @@ def _is_whole(value: Any) -> bool:
 
 def to_sample(job: Job, folder: Path, load: Callable[..., Volume] | None = None) -> Sample:
     """A job with its images read; load: see `picture_of`. Raises InputError for what cannot be used."""
-    from medplib.processing import Sample
+    from medplib.sample import Sample
 
     if job.error:
         raise InputError(job.error)

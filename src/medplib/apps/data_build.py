@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from medplib.apps.records import read_records
 from medplib.apps.terminal import errors_in_one_line, printable
 from medplib.errors import InputError
 
@@ -123,7 +124,6 @@ def build(
 
 
 def _samples(source: Path, layout: str | None, split: str | None, option: list[str] | None) -> Any:
-    from medplib.apps.data_cli import read_records
     from medplib.data.builder import RecordSamples, SAMed2DFolder
 
     if layout is not None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medplib.apps.data_cli import DataPath, Format, Options, Split, progress_bar, read_records
 from medplib.apps.models import Device, DeviceMap, DType, ModelName, Quantize, check_model_options, load_model
+from medplib.apps.records import DataPath, Format, Options, Split, progress_bar, read_records
 from medplib.apps.terminal import NOTICE, errors_in_one_line, printable
 
 if TYPE_CHECKING:

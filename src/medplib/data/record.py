@@ -112,7 +112,7 @@ class Record:
 
     def to_sample(self) -> Any:
         """With its pixels read: a `medplib.processing.Sample`. Raises InputError, naming the file."""
-        from medplib.processing import Sample
+        from medplib.sample import Sample
 
         images = self.load_images()
         size = images[-1].shape[:2] if images else (0, 0)

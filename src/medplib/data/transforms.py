@@ -30,7 +30,7 @@ from medplib.io.images import load_image
 from medplib.prompts.types import Box, Mask, Point
 
 if TYPE_CHECKING:
-    from medplib.processing import Sample
+    from medplib.sample import Sample
 
 # Words that a rotation, shift or zoom of the image can make untrue: places, sizes, numbers of things.
 PLACED = re.compile(

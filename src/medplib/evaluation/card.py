@@ -24,8 +24,8 @@ from medplib.data.simulate import simulate_pet
 from medplib.evaluation.everyday import measure_everyday
 from medplib.evaluation.metrics import dice
 from medplib.evaluation.scoring import pair
-from medplib.processing import Sample
 from medplib.prompts.types import Mask
+from medplib.sample import Sample
 
 MIN_TRAINED = 25  # structures with at least this many training masks count in the headline mean
 

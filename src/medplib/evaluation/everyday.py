@@ -11,7 +11,7 @@ import numpy as np
 from medplib.data.everyday import KINDS, EverydayMaker
 from medplib.data.questions import MIN_PIXELS, Question
 from medplib.data.samples import ImageSample, keyed_rng
-from medplib.processing import Sample
+from medplib.sample import Sample
 from medplib.training.conversations import QuestionDraws
 from medplib.training.labelled import Labelled
 

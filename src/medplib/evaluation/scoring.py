@@ -21,8 +21,8 @@ from medplib.evaluation.text import agrees, chosen, normalize, overlap
 from medplib.io import rle
 
 if TYPE_CHECKING:
-    from medplib.processing import Sample
     from medplib.results import Answer, Finding
+    from medplib.sample import Sample
 
 PROTOCOLS = ("medplib", "official")
 
@@ -53,7 +53,7 @@ class Question:
 
     def sample(self, images: Sequence[np.ndarray]) -> Sample:
         """What the model is asked; `images` are those of the record, (H, W, 3) each."""
-        from medplib.processing import Sample
+        from medplib.sample import Sample
 
         turns = self.record.turns[: self.turn + 1]
         size = images[-1].shape[:2] if images else (0, 0)

@@ -19,7 +19,8 @@ from medplib.data.options import check_options
 from medplib.data.record import TASKS, Record
 from medplib.data.transforms import Augmentation
 from medplib.errors import InputError
-from medplib.processing import MedPLIBProcessor, Sample
+from medplib.processing import MedPLIBProcessor
+from medplib.sample import Sample
 from medplib.training.recipe import Recipe
 from medplib.training.sources import Order
 

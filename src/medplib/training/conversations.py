@@ -11,7 +11,8 @@ from torch import Tensor
 from medplib.data import everyday
 from medplib.data import questions as q
 from medplib.data.questions import Question, QuestionMaker
-from medplib.processing import MedPLIBProcessor, Sample
+from medplib.processing import MedPLIBProcessor
+from medplib.sample import Sample
 from medplib.training.labelled import Labelled
 
 

@@ -20,7 +20,7 @@ from medplib.data.record import Record
 from medplib.errors import MedPLIBError
 from medplib.experts.context import named_routers
 from medplib.experts.statistics import ModelStatistics, count_routing
-from medplib.processing import Sample
+from medplib.sample import Sample
 from medplib.training.pictures import Tile, draw_tiles
 from medplib.training.snapshots import newest, writing
 
