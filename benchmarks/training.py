@@ -29,7 +29,7 @@ import torch
 from clock import clock
 from torch.utils.data import DataLoader
 
-from medplib.loading import read_config, resolve_model
+from medplib.model_folder import read_config, resolve_model
 from medplib.modeling import MedPLIB
 from medplib.processing import MedPLIBProcessor
 from medplib.stages import Stage, set_stage

@@ -9,7 +9,7 @@ import torch
 from parity.recorded_model import Recorded
 from safetensors.torch import load_file, save_file
 
-from medplib import CheckpointError, InputError, MedPLIB, MedPLIBConfig
+from medplib import CheckpointError, InputError, MedPLIB, MedPLIBConfig, model_folder
 from medplib.checkpoints import load_sam
 from medplib.official.configuration import convert
 from medplib.official.export import export_official
@@ -210,9 +210,10 @@ def without_clip(state):
 
 
 def test_an_absent_clip_tower_is_named_and_not_fetched(folder, load, monkeypatch):
-    from medplib import loading
+    def fetch(*args, **options):
+        pytest.fail("something was fetched")
 
-    monkeypatch.setattr(loading, "snapshot_download", lambda *a, **k: pytest.fail("something was fetched"))
+    monkeypatch.setattr(model_folder, "snapshot_download", fetch)
     change_weights(folder, without_clip)
     change_config(folder, mm_vision_tower="/home/authors/clip", auto_map={"AutoModel": "evil.Model"})
     with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14-336"):
@@ -237,8 +238,6 @@ def test_an_absent_clip_tower_comes_from_where_the_caller_says(recorded, folder,
 
 def test_from_the_hub_the_tower_comes_from_its_own_repository(recorded, folder, model, tmp_path, monkeypatch):
     """One call for each, and what the configuration names is not what is asked for."""
-    from medplib import loading
-
     tower = tmp_path / "tower"
     tower.mkdir()
     prefix = "model.vision_tower.vision_tower."
@@ -249,7 +248,7 @@ def test_from_the_hub_the_tower_comes_from_its_own_repository(recorded, folder, 
     change_weights(folder, without_clip)
     change_config(folder, mm_vision_tower="/home/authors/openai/clip-vit-large-patch14-336")
     places = {"Huangxs/MedPLIB-7b-2e": folder, "openai/clip-vit-large-patch14-336": tower}
-    monkeypatch.setattr(loading, "snapshot_download", lambda name, **_: str(places[name]))
+    monkeypatch.setattr(model_folder, "snapshot_download", lambda name, **_: str(places[name]))
     with pytest.warns(UserWarning, match="taken from 'openai/clip-vit-large-patch14-336'"):
         loaded = MedPLIB.from_pretrained("Huangxs/MedPLIB-7b-2e", overrides=recorded.overrides)
     assert_equal(loaded, model)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import medplib
 from medplib.apps.cli import app
 from medplib.errors import CheckpointError, UnknownNameError
-from medplib.loading import EMBEDDED
+from medplib.model_folder import EMBEDDED
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import NOTICE, Answer, Finding
 

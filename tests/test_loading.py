@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from medplib import Box, CheckpointError, MedPLIB, MedPLIBConfig, MedPLIBProcessor, UnknownNameError, loading
+from medplib import (
+    Box,
+    CheckpointError,
+    MedPLIB,
+    MedPLIBConfig,
+    MedPLIBProcessor,
+    UnknownNameError,
+    loading,
+    model_folder,
+)
 from medplib.errors import InputError, MedPLIBError
 from medplib.processing import Sample
 from medplib.stages import LoRA, Stage, merge_lora, set_stage
@@ -403,7 +412,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_a_folder(tiny_folder, m
         asked.update(options, repo_id=repo_id)
         return str(tiny_folder)
 
-    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(model_folder, "snapshot_download", fetch)
     loaded = MedPLIB.from_pretrained("somebody/some-model", revision="v2", token="t")
     assert (asked["repo_id"], asked["revision"], asked["token"]) == ("somebody/some-model", "v2", "t")
     assert not any("bin" in pattern or "pt" in pattern for pattern in asked["allow_patterns"])
@@ -415,7 +424,7 @@ def test_a_failing_download_is_one_clear_error(monkeypatch):
     def fetch(repo_id, **options):
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(loading, "snapshot_download", fetch)
+    monkeypatch.setattr(model_folder, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match=r"no folder 'somebody/some-model'.*no route\. Check"):
         MedPLIB.from_pretrained("somebody/some-model")
 

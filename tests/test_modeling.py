@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from medplib import Box, Letterbox, Mask, Point, record_routing
-from medplib.answering import _target_of
 from medplib.errors import InputError
 from medplib.preprocess import prepare_clip, prepare_sam
 from medplib.processing import Sample
+from medplib.targets import target_of
 
 DENSE_AND_MIXTURE = pytest.mark.parametrize(
     "moe", [None, {"experts": ["grounding", "vqa"]}], ids=["dense", "mixture"]
@@ -492,7 +492,7 @@ def test_masks_come_from_the_pass_that_writes_the_words(tiny_model, samples):
     ],
 )
 def test_an_unnamed_mask_is_called_by_what_was_asked_for_without_its_article(question, label):
-    assert _target_of(question) == label
+    assert target_of(question) == label
 
 
 def test_without_seg_the_mask_side_does_not_run(tiny_model, samples):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from medplib.processing import as_list
 from medplib.prompts.types import Box, Mask, Point
 from medplib.results import Answer, Finding
 from medplib.sample import Batch, Sample
+from medplib.targets import named, request, target_of
 
 if TYPE_CHECKING:
     from medplib.volumetric import VolumeAnswer
@@ -266,7 +266,7 @@ class AnsweringMixin:
         findings = []
         for i, (_, at, logits) in enumerate(d for d in drawn if d[0] == row):
             logits = batch.letterboxes[pictures[at]].unletterbox(logits, geometry)  # (H, W)
-            label = "".join(labels[i : i + 1]) or _target_of(question) or f"finding {i + 1}"
+            label = "".join(labels[i : i + 1]) or target_of(question) or f"finding {i + 1}"
             findings.append(Finding(label, (logits > cut).cpu().numpy(), mask_score(logits, cut), at))
         images = [batch.images[i] for i in pictures]
         on = tuple(sample.prompt_images or [0] * len(sample.prompts or ()))
@@ -336,37 +336,3 @@ def _after_end(ids: Tensor, end: int | None) -> Tensor:
     """(B, T) -> True behind the first `end` of each row."""
     over = torch.zeros_like(ids) if end is None else (ids == end).long()
     return over.cumsum(1) - over > 0
-
-
-def named(target: str | Sequence[str]) -> list[str]:
-    """Names of structures, each with its article. Raises InputError for anything else."""
-    names = [target] if isinstance(target, str) else target
-    if (
-        not isinstance(names, list | tuple)
-        or not names
-        or not all(isinstance(n, str) and n.strip() for n in names)
-    ):
-        raise InputError(f"Name what to segment, for example 'the right lung'; got {target!r}.")
-    names = [n.strip().rstrip(".") for n in names]
-    return [n if n.lower().startswith(("the ", "a ", "an ", "all ")) else f"the {n}" for n in names]
-
-
-def without_article(name: str) -> str:
-    """ "the right lung" -> "right lung"."""
-    return re.sub(r"^(the|an?)\s+(?=\S)", "", name, flags=re.IGNORECASE)
-
-
-def request(names: Sequence[str]) -> str:
-    """ "Segment the right lung and the left lung." """
-    listed = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-    return f"Segment {listed}."
-
-
-def _target_of(question: str) -> str:
-    """What a plain request asks for: "Please segment the right lung." -> "right lung"; "" when it is none."""
-    words = question.strip().rstrip(".?!")
-    for verb in ("segment", "outline", "delineate", "draw", "mark"):
-        found = re.search(rf"\b{verb}\s+(.{{1,60}})$", words, re.IGNORECASE)
-        if found:
-            return without_article(found[1].strip())
-    return ""

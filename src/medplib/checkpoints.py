@@ -24,6 +24,7 @@ import torch
 
 from medplib.configuration import MedPLIBConfig
 from medplib.errors import CheckpointError, InputError
+from medplib.model_folder import local_folder
 from medplib.official.configuration import CLIP_REPOSITORY, convert, is_official, is_start
 from medplib.official.files import (
     adapter_settings,
@@ -196,7 +197,6 @@ def _with_adapter(state: dict[str, Any], folder: str | Path) -> dict[str, Any]:
 
 def _clip_state(folder: Path, clip: str | Path | None, hub: Mapping[str, Any]) -> dict[str, Any]:
     """CLIP's vision tower under our names. What a file names is never fetched; see `published_clip`."""
-    from medplib.loading import local_folder
 
     if clip is None:
         named = read_content(folder).get("mm_vision_tower")

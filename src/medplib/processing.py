@@ -34,6 +34,7 @@ from medplib.conversation import (
 from medplib.errors import CheckpointError, InputError
 from medplib.geometry import Letterbox
 from medplib.io.images import load_image
+from medplib.model_folder import HUB_ARGUMENTS, local_folder, read_config
 from medplib.official.tokenizer import MODEL_FILE, LegacyLlamaTokenizer
 from medplib.preprocess import prepare_clip, prepare_sam
 from medplib.prompts.region import region_mask_to_grid
@@ -86,10 +87,9 @@ class MedPLIBProcessor:
     @classmethod
     def from_pretrained(cls, source: Path | str, **kwargs) -> MedPLIBProcessor:
         """Load the tokenizer, configuration and sizes written by `save_pretrained`: a folder, a Hub id or a
-        known model. Keyword arguments are those of `loading.local_folder`; others are ignored. Raises
+        known model. Keyword arguments are those of `model_folder.local_folder`; others are ignored. Raises
         CheckpointError or UnknownNameError.
         """
-        from medplib.loading import HUB_ARGUMENTS, local_folder, read_config
 
         hub = {k: kwargs[k] for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
         folder = local_folder(source, **hub)

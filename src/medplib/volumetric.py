@@ -21,6 +21,7 @@ from medplib.io.overlay import COLOURS, with_legend
 from medplib.io.volume import AXES, Volume, load_volume
 from medplib.results import NOTICE, SOFTWARE, file_label, is_ours, png, versions
 from medplib.sample import Sample
+from medplib.targets import named, request, without_article
 
 _SHOWN = 12  # slices on the overview
 
@@ -176,8 +177,6 @@ def segment_volume(
     Each slice is looked at by itself: nothing makes neighbours agree. Raises InputError for a volume, axis,
     slice or window that cannot be used, before the model is asked.
     """
-    from medplib.answering import named, request, without_article
-
     names = named(target)
     check_whole(batch_size=batch_size)
     if isinstance(source, Volume) and series is not None:

@@ -308,7 +308,7 @@ def info() -> None:
 def _facts() -> Iterator[tuple[str, list[str]]]:
     """(title, lines) of everything `info` shows."""
     from medplib import ops, registry
-    from medplib.loading import EMBEDDED
+    from medplib.model_folder import EMBEDDED
     from medplib.results import versions
 
     for package, number in versions().items():

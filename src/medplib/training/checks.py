@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from medplib.configuration import LossConfig, MedPLIBConfig
 from medplib.errors import CheckpointError, InputError, UnknownNameError
 from medplib.experts.context import unknown_expert
-from medplib.loading import HUB_ARGUMENTS
+from medplib.model_folder import HUB_ARGUMENTS
 from medplib.plain_values import MAX_EXPERTS
 from medplib.quantization import loading_options
 from medplib.stages import Stage

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from medplib.configuration import MedPLIBConfig
 from medplib.data.record import TASKS, Record
-from medplib.loading import read_config
+from medplib.model_folder import read_config
 from medplib.modeling import MedPLIB
 from medplib.parts import PartTable
 from medplib.processing import MedPLIBProcessor

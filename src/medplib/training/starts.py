@@ -16,7 +16,7 @@ from medplib.errors import InputError
 from medplib.experts.context import named_routers
 from medplib.experts.upcycle import assemble_mixture
 from medplib.language import decoder_layers
-from medplib.loading import HUB_ARGUMENTS, local_folder, read_config
+from medplib.model_folder import HUB_ARGUMENTS, local_folder, read_config
 from medplib.modeling import MedPLIB
 from medplib.training.recipe import Recipe
 from medplib.training.snapshots import MANIFEST, read_manifest
