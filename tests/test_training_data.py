@@ -163,18 +163,6 @@ def test_mini_questions_follow_one_another_in_conversations():
     assert [talk.turns for talk in again] == [talk.turns for talk in drawn[3]]
 
 
-def test_regions_are_marked_by_the_share_of_masks():
-    def kinds(share):
-        source = MiniQuestions(per_image=8, tasks={"region": 1.0}, mask_share=share)
-        records = [record for index in range(12) for record in source.draw(2, 0, index)]
-        return Counter(type(region).__name__ for record in records for region in record.regions)
-
-    masks, points = kinds(1.0), kinds(0.0)
-    assert set(masks) == {"Held"}
-    assert set(points) == {"Box", "Point", "Held"}  # a mask where its box says little
-    assert points["Point"] > points.total() / 2
-
-
 def test_a_follow_up_is_shorter_only_after_a_question_that_asked_to_draw():
     maker, rng = QuestionMaker({"liver": {"a"}, "spleen": {"a"}}), np.random.default_rng(0)
     mask = np.ones((4, 4), bool)
@@ -218,7 +206,6 @@ def test_sources_that_cannot_be_opened_name_the_setting():
         ({"per_epoch": -3}, "per_epoch of the mini set must be at least 1, got -3"),
         ({"table": "x"}, "The mini set: table must be a number, got 'x'"),
         ({"removal": 2}, "removal of the mini set must be between 0 and 1, got 2"),
-        ({"mask_share": -1}, "mask_share of the mini set must be between 0 and 1, got -1"),
     ],
 )
 def test_options_of_the_mini_set_are_checked(options, message):

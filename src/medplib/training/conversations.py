@@ -17,12 +17,10 @@ from medplib.training.labelled import Labelled
 
 
 class QuestionDraws:
-    """Draws questions about labelled images by the shares in `mix` (task: share); mask_share is that of masks
-    among the prompts of regions."""
+    """Draws questions about labelled images by the shares in `mix` (task: share)."""
 
-    def __init__(self, maker: QuestionMaker, mix: dict[str, float], mask_share: float = 0.6) -> None:
+    def __init__(self, maker: QuestionMaker, mix: dict[str, float]) -> None:
         self.maker, self.tasks, shares = maker, list(mix), np.array(list(mix.values()))
-        self.mask_share = mask_share
         self.shares = shares / shares.sum()
 
     def __call__(self, item: Labelled, rng: np.random.Generator) -> Question:
@@ -54,7 +52,7 @@ class QuestionDraws:
         if task == "list":
             return self.maker.listing(rng, item.names)
         if task == "region":
-            prompt, index = q.region_prompt(rng, item.masks, int(rng.integers(present)), self.mask_share)
+            prompt, index = q.region_prompt(rng, item.masks, int(rng.integers(present)))
             return self.maker.region(rng, item.names[index], prompt)
         if task == "several" and present + len(own) + len(others) > 1:
             chosen = rng.permutation(present)[: rng.integers(1, 4)]

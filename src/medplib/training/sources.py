@@ -58,7 +58,6 @@ class MiniQuestions:
     table, removal  chances of a table in the picture and of a structure taken out of it
     unchanged  the chance that an image is not augmented
     everyday   questions in everyday words, and the kinds of `medplib.data.everyday` among the tasks
-    mask_share share of masks among the prompts of region questions; the others are boxes and points
 
     Raises InputError for values that cannot be used.
     """
@@ -76,7 +75,6 @@ class MiniQuestions:
         removal: float = 0.0,
         unchanged: float = 0.0,
         everyday: bool = False,
-        mask_share: float = 0.6,
     ) -> None:
         from medplib.training.conversations import QuestionDraws
 
@@ -84,17 +82,14 @@ class MiniQuestions:
                          "table": table, "removal": removal, "unchanged": unchanged,
                          "turns": turns}  # fmt: skip
         self.settings |= {"everyday": True} if everyday else {}
-        self.settings |= {} if mask_share == 0.6 else {"mask_share": mask_share}
         _check_range({"per_image": per_image, "turns": turns, "per_epoch": per_epoch}, 1, None)
         _check_range({"table": table, "removal": removal, "unchanged": unchanged}, 0, 1)
-        _check_range({"mask_share": mask_share}, 0, 1)
         if weights is not None:
             _check_shares("weights", weights)
         mix = _task_shares(tasks, KINDS if everyday else ())
         shares = None if weights is None else tuple(sorted(weights.items()))
-        maker = EverydayMaker if everyday else QuestionMaker
         self.images, vocabulary, count = _mini_images(split, shares, table, removal, unchanged)
-        self.questions = QuestionDraws(maker(vocabulary), mix, mask_share)
+        self.questions = QuestionDraws((EverydayMaker if everyday else QuestionMaker)(vocabulary), mix)
         self.per_image, self.turns, self.length, self.split = per_image, turns, per_epoch or count, split
 
     def __len__(self) -> int:
