@@ -160,8 +160,8 @@ def test_a_conversation_end_to_end(server):
         io.BytesIO(server.client.get(f"/gradio_api/file={files['value']['path']}").content)
     ) as packed:
         assert {"overlay.png", "mask_0_right_lung.png", "answer.json"} == set(packed.namelist())
-    _, places = browser.event("click", "point", event_data={"index": [80, 130], "value": None})["data"]
-    assert places.endswith("For the next question: point 80 130.")
+    _, places = browser.event("click", "point", event_data={"index": [70, 110], "value": None})["data"]
+    assert places.endswith("For the next question: point 70 110.")
     _, _, turns, _, findings, *_ = browser.event("ask", "What is in <region>?")["data"]
     assert turns[-2]["content"][0]["text"] == "What is in &lt;region&gt;?"
     assert turns[-1]["content"][0]["text"] == "This is the right lung."
