@@ -198,17 +198,13 @@ def write_csv(path, rows):
         csv.writer(file).writerows(rows)
 
 
+PMC_VQA_COLUMNS = [
+    *("Figure_path", "Question", "Answer", "Choice A", "Choice B", "Choice C", "Choice D", "Answer_label"),
+]
+
+
 def test_pmc_vqa_both_versions(tmp_path):
-    head = [
-        "Figure_path",
-        "Question",
-        "Answer",
-        "Choice A",
-        "Choice B",
-        "Choice C",
-        "Choice D",
-        "Answer_label",
-    ]
+    head = PMC_VQA_COLUMNS
     rows = [
         [
             "a.jpg",
@@ -276,16 +272,7 @@ def test_omnimedvqa(tmp_path):
 
 def test_a_choice_keeps_a_letter_that_is_part_of_its_name(tmp_path):
     put(tmp_path / "images" / "a.jpg")
-    head = [
-        "Figure_path",
-        "Question",
-        "Answer",
-        "Choice A",
-        "Choice B",
-        "Choice C",
-        "Choice D",
-        "Answer_label",
-    ]
+    head = PMC_VQA_COLUMNS
     germs = ["E. coli", "B. cereus", "C. difficile", "S. aureus"]
     lettered = [f"{letter}: {germ}" for letter, germ in zip("ABCD", germs, strict=True)]
     rows = [["a.jpg", "Which?", "C. difficile", *germs, ""], ["a.jpg", "Which?", germs[2], *lettered, "C"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,31 +70,15 @@ class LoadingMixin:
                 f"device_map={place!r} (extra `train`)."
             )
         hub = {k: kwargs.pop(k) for k in (*HUB_ARGUMENTS, "subfolder") if kwargs.get(k) is not None}
-        folder = local_folder(name_or_path, **hub)
         foreign = {k: kwargs.pop(k) for k in ("overrides", "clip", "adapter") if k in kwargs}
-        official = checkpoints.holds_official(folder)
-        if official and isinstance(resolve_model(name_or_path), str):  # from the Hub
-            if not any(folder.glob("*.safetensors")):
-                folder = local_folder(name_or_path, (*HUB_FILES, "pytorch_model*.bin"), **hub)
-            foreign.setdefault("clip", checkpoints.published_clip(folder))
-        if foreign and not official:
-            read_config(folder)  # what cannot be read is neither
-            raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name_or_path)!r} is ours.")
+        folder, official = _locate(name_or_path, hub, foreign)
         wants_info, quantize = kwargs.pop("output_loading_info", False), kwargs.pop("quantize", None)
-        config = kwargs.pop("config", None)
-        if config is None and official:
-            settings = {k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)}
-            config = checkpoints.official_config(folder, foreign.pop("overrides", None), **settings)
-        elif config is None:
-            config = read_config(folder, **{k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)})
-        elif not isinstance(config, MedPLIBConfig):
-            raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
+        config = _config_of(folder, foreign.pop("overrides", None), kwargs, official)
         if quantize is not None:
             chosen = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
             kwargs |= {} if chosen is None else {"dtype": chosen}
             kwargs |= quantization.loading_options(quantize, config, kwargs.get("device_map"), chosen)
         if official:
-            foreign.pop("overrides", None)
             kwargs["state_dict"] = checkpoints.official_state(folder, config, **foreign, hub=hub)
         elif (folder / "adapter_config.json").is_file():  # transformers would load the model it names instead
             raise CheckpointError(
@@ -185,6 +169,38 @@ class LoadingMixin:
         digest = getattr(self, "_sha256", None) or ""
         known = {"name": getattr(self, "name", "unnamed"), "weights_sha256": digest}
         return known | ({} if self.quantization is None else {"quantized": self.quantization.kind})
+
+
+def _locate(name: str | Path, hub: Mapping[str, Any], foreign: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of a model, and whether it is in a published layout. `foreign` are the arguments for such a
+    one, to which the place of the CLIP tower is added where the Hub keeps it apart."""
+    from medplib import checkpoints
+
+    folder = local_folder(name, **hub)
+    official = checkpoints.holds_official(folder)
+    if official and isinstance(resolve_model(name), str):  # from the Hub
+        if not any(folder.glob("*.safetensors")):
+            folder = local_folder(name, (*HUB_FILES, "pytorch_model*.bin"), **hub)
+        foreign.setdefault("clip", checkpoints.published_clip(folder))
+    if foreign and not official:
+        read_config(folder)  # what cannot be read is neither
+        raise InputError(f"{', '.join(foreign)} is for published layouts; {str(name)!r} is ours.")
+    return folder, official
+
+
+def _config_of(folder: Path, overrides: Any, kwargs: dict[str, Any], official: bool) -> MedPLIBConfig:
+    """The configuration among `kwargs`, or the folder's with the settings among them; they are taken out."""
+    from medplib import checkpoints
+
+    config = kwargs.pop("config", None)
+    if config is None:
+        settings = {k: kwargs.pop(k) for k in _SETTINGS & set(kwargs)}
+        if official:
+            return checkpoints.official_config(folder, overrides, **settings)
+        return read_config(folder, **settings)
+    if not isinstance(config, MedPLIBConfig):
+        raise InputError(f"config must be a MedPLIBConfig, got {type(config).__name__}.")
+    return config
 
 
 def _check_loaded(model, info: dict, name: str | Path) -> None:

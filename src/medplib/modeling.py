@@ -26,6 +26,7 @@ from medplib.language import decoder_layers, install_mixtures
 from medplib.loading import LoadingMixin
 from medplib.losses import all_mask_losses
 from medplib.parts import keep_frozen_in_eval
+from medplib.placeholders import check_images, scatter
 from medplib.prompts.combined import PromptEncoder
 from medplib.registry import LANGUAGE_MODELS, MASK_DECODERS, PROJECTORS, PROMPT_ENCODERS, VISION_TOWERS
 from medplib.vision.features import VisionFeatures
@@ -217,14 +218,14 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             return words
         images = self.projector(features.grid)  # (N, tokens, D)
         if image_index is not None:
-            _check_images("image_index", image_index, len(images))
+            check_images("image_index", image_index, len(images))
             images = images[image_index.to(images.device)]  # (I, tokens, D)
-        words = _scatter(words, is_image, rearrange(images, "i t d -> (i t) d"), "image")
+        words = scatter(words, is_image, rearrange(images, "i t d -> (i t) d"), "image")
         if num_regions:
             grid = self.region_adapter(rearrange(features.grid, "n c h w -> n h w c"))
             grid = rearrange(grid, "n h w d -> n d h w")
             pooled = self.region_pooler(grid, region_masks.to(grid.device), region_images)  # (R, D)
-            words = _scatter(words, is_region, pooled, "region")
+            words = scatter(words, is_region, pooled, "region")
         return words
 
     def decode_masks(self, states: Tensor, features: VisionFeatures, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +323,7 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
             raise InputError(
                 f"seg_images names {len(seg_images)} images, but the tokens hold {len(rows)} <SEG>."
             )
-        _check_images("seg_images", seg_images, count)
+        check_images("seg_images", seg_images, count)
         if features is None:
             used, seg_images = torch.unique(seg_images, return_inverse=True)
             features = self.mask_encoder(pixels[used])
@@ -372,26 +373,6 @@ class MedPLIB(LoadingMixin, AnsweringMixin, PreTrainedModel, GenerationMixin):
         if mode:
             keep_frozen_in_eval(self)
         return self
-
-
-def _scatter(words: Tensor, where: Tensor, values: Tensor, what: str) -> Tensor:
-    """Put `values` (n, D) at the n true places of `where` (B, L). Raises InputError when n differs."""
-    count = int(where.sum())
-    if count != len(values):
-        raise InputError(
-            f"The prompt has {count} {what} placeholders, but the {what}s given fill {len(values)}; "
-            "let MedPLIBProcessor write the prompt."
-        )
-    return words.masked_scatter(where.unsqueeze(-1), values.to(words))
-
-
-def _check_images(name: str, index: Tensor, count: int) -> None:
-    """Raise InputError where `index` names an image that is not among `count`."""
-    if torch.compiler.is_compiling() or not index.numel():
-        return
-    low, high = (int(end) for end in index.aminmax())
-    if low < 0 or high >= count:
-        raise InputError(f"{name} must be 0 to {count - 1}, the images given; got {index.tolist()}.")
 
 
 def _keep_buffers(model: nn.Module) -> None:

@@ -28,7 +28,6 @@ from medplib.data.questions import (
 
 UNKNOWN = "I have not learned to find that."
 CANNOT = "I cannot tell. Ask me for the modality, or for a structure to draw."
-NUMBERS = ("no", "one", "two")
 
 
 class EverydayMaker(QuestionMaker):
@@ -112,7 +111,7 @@ class EverydayMaker(QuestionMaker):
         question = self.words(rng, form).format(one=one, many=many, a=indefinite(one))
         masks: tuple[np.ndarray, ...] = ()
         if form == "how many of a kind":
-            number = f"are two {many}" if len(there) == 2 else f"is {NUMBERS[len(there)]} {one}"
+            number = (f"is no {one}", f"is one {one}", f"are two {many}")[len(there)]
             answer = f"There {number} in this image."
         elif form == "any of a kind":
             answer = f"Yes, there is {listed(there)}." if there else f"No, there is no {one} in this image."
